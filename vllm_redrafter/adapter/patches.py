@@ -1,0 +1,183 @@
+"""Every symbol of vLLM that we replace or lean on, in one place: what, why, and when it can go.
+
+Two functions are wrapped; both wrappers call the original for everybody who has not asked for `redrafter`. The rest of
+the adapter subclasses vLLM's classes; what those subclasses override or read is listed as contracts, and checked before
+an engine starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+PROPOSER_PATH = "vllm_redrafter.adapter.proposer.ReDrafterProposer"
+"""How our method is spelled inside vLLM: `method="custom_class"` with this model path."""
+
+
+class Patch(NamedTuple):
+    """A function of vLLM that is wrapped."""
+
+    module: str
+    owner: str
+    name: str
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    why: str
+    remove_when: str
+
+
+class Contract(NamedTuple):
+    """A function of vLLM with the parameters that we count on, `self` left out."""
+
+    module: str
+    qualified_name: str
+    parameters: tuple[str, ...]
+
+
+class ContractCheck(NamedTuple):
+    """Outcome of one contract."""
+
+    name: str
+    ok: bool
+    reason: str
+
+
+def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        requested = self.speculative_config
+        if self.spec_method is None and isinstance(requested, dict) and requested.get("method") == "redrafter":
+            from vllm_redrafter.adapter.config import translate
+
+            translate(self, target_model_config, target_parallel_config)
+        return original(self, target_model_config, target_parallel_config)
+
+    return create_speculative_config
+
+
+def _wrap_validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def validate_spec_decode(self: Any, speculative_config: Any) -> Any:
+        # our acceptance draws from the target's own sampler, so min_p and logit_bias mean what they always mean
+        if is_redrafter(speculative_config):
+            return None
+        return original(self, speculative_config)
+
+    return validate_spec_decode
+
+
+PATCHES = (
+    Patch(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        "create_speculative_config",
+        _wrap_create_speculative_config,
+        why='turns {"method": "redrafter"} into a custom_class proposer with our worker: method names are a closed list',
+        remove_when="vLLM has a registry of proposers (vllm-project/vllm#36219)",
+    ),
+    Patch(
+        "vllm.sampling_params",
+        "SamplingParams",
+        "_validate_spec_decode",
+        _wrap_validate_spec_decode,
+        why="lets min_p and logit_bias through: vLLM refuses them for every kind of speculation",
+        remove_when="vLLM asks the proposer which sampling parameters it honours",
+    ),
+)
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+CONTRACTS = (
+    Contract("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("target_model_config", "target_parallel_config")),
+    Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
+    Contract(_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
+    Contract(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
+    Contract(
+        _RUNNER,
+        "GPUModelRunner._bookkeeping_sync",
+        ("scheduler_output", "sampler_output", "logits", "hidden_states", "num_scheduled_tokens"),
+    ),
+    Contract(_RUNNER, "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",)),
+    Contract(_RUNNER, "GPUModelRunner._build_attention_metadata", ("num_tokens", "num_reqs", "max_query_len")),
+    Contract(
+        _RUNNER,
+        "GPUModelRunner.propose_draft_token_ids",
+        (
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+    ),
+    Contract("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ()),
+    Contract("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", ()),
+    Contract(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.forward",
+        ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    ),
+    Contract(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("layer", "key", "value", "kv_cache", "slot_mapping"),
+    ),
+    Contract(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionMetadataBuilder.build",
+        ("common_prefix_len", "common_attn_metadata"),
+    ),
+    Contract("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
+    Contract("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
+    Contract("vllm.v1.sample.sampler", "Sampler.greedy_sample", ("logits",)),
+    Contract("vllm.v1.sample.rejection_sampler", "RejectionSampler.parse_output", ("output_token_ids", "vocab_size")),
+)
+
+
+def is_redrafter(speculative_config: Any) -> bool:
+    """Return whether a `SpeculativeConfig` of vLLM is one of ours."""
+    return speculative_config is not None and speculative_config.model == PROPOSER_PATH
+
+
+def install() -> None:
+    """Wrap the functions of `PATCHES`, once; a function that is not there is left out, and `check_contracts` tells."""
+    for patch in PATCHES:
+        owner = _find(patch.module, patch.owner)
+        original = getattr(owner, patch.name, None)
+        if original is None or hasattr(original, "_redrafter_patch"):
+            continue
+        wrapped = patch.wrap(original)
+        wrapped._redrafter_patch = patch  # type: ignore[attr-defined]
+        setattr(owner, patch.name, wrapped)
+
+
+def check_contracts() -> list[ContractCheck]:
+    """Return for every function that we count on whether this vLLM still has it as we know it."""
+    return [_check(contract) for contract in CONTRACTS]
+
+
+def _check(contract: Contract) -> ContractCheck:
+    name = f"{contract.module}.{contract.qualified_name}"
+    function = _find(contract.module, contract.qualified_name)
+    if function is None:
+        return ContractCheck(name, False, "not there")
+    found = tuple(parameter for parameter in inspect.signature(function).parameters if parameter != "self")
+    expected = contract.parameters
+    if found[: len(expected)] != expected:
+        return ContractCheck(name, False, f"takes ({', '.join(found)}), but ({', '.join(expected)}, ...) is what we know")
+    return ContractCheck(name, True, "as known")
+
+
+def _find(module: str, qualified_name: str) -> Any:
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return None
+    for part in qualified_name.split("."):
+        found = getattr(found, part, None)
+    return found

@@ -1,0 +1,109 @@
+"""The drafter inside vLLM's worker: loads it beside the target, and proposes trees or chains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_redrafter.adapter.config import ReDrafterOptions
+from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
+from vllm_redrafter.core import beam_search, checkpoint, token_tree
+from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.core.drafter import ReDrafter
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class ReDrafterProposer:
+    """What vLLM builds for `method="custom_class"`; our runner calls `search` and `trees`."""
+
+    drafter: ReDrafter
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.options = ReDrafterOptions.of(vllm_config)
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
+        self.embed: nn.Module = nn.Identity()
+
+    def load_model(self, target: nn.Module) -> None:
+        """Load the drafter and borrow the target's embedding, and its head where the drafter is tied to it."""
+        self.drafter = checkpoint.load_drafter(Path(self.options.model), dtype=self.dtype)
+        self.embed = _find_module(target, VocabParallelEmbedding, exclude=ParallelLMHead)
+        if self.drafter.config.tie_lm_head:
+            self.drafter.tie_head(_full_head(target, self.embed, self.drafter.config.vocab_size))
+        num_parameters = sum(parameter.numel() for parameter in self.drafter.parameters())
+        logger.info("Loaded the drafter %s (%.1fM parameters)", self.options.model, num_parameters / 1e6)
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Not called: vLLM's hook for custom proposers is not given hidden states, our runner's own is."""
+        raise NotImplementedError("ReDrafterProposer is driven by vllm_redrafter.adapter.runner")
+
+    @torch.inference_mode()
+    def search(
+        self,
+        hidden: torch.Tensor,  # [batch, hidden_size]
+        init_ids: torch.Tensor,  # [batch]
+        floor: float,
+    ) -> Candidates:
+        """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`."""
+        return beam_search.search(
+            self.drafter,
+            self.embed,
+            hidden.to(self.dtype),
+            init_ids,
+            self.options.shape,
+            num_candidates=self.options.num_speculative_tokens if self.options.beam_width > 1 else 1,
+            floor=floor,
+        )
+
+    @torch.inference_mode()
+    def trees(
+        self,
+        init_ids: torch.Tensor,  # [batch]
+        candidates: Candidates,
+        budgets: torch.Tensor,  # [batch]: nodes per request
+        linear: Sequence[bool],
+    ) -> list[DraftTree]:
+        """Return the best `budgets[i]` nodes of request i, or its best path where `linear[i]` asks for a chain."""
+        largest = int(budgets.max())
+        if largest == 0:
+            return [chain_of([]) for _ in linear]
+        ranks = candidates.log_probs.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        kept = candidates.log_probs.masked_fill(ranks >= budgets[:, None], float("-inf"))
+        tree = token_tree.best_nodes(init_ids, candidates._replace(log_probs=kept), largest)
+        columns = (tree.token_ids, tree.parents, tree.depths, tree.log_probs, tree.num_nodes)
+        trees = []
+        for tokens, parents, depths, scores, size, as_chain in zip(
+            *(column.tolist() for column in columns), linear, strict=True
+        ):
+            end = path_segments(parents[: size + 1])[0][1] if as_chain else size + 1
+            trees.append(DraftTree(tokens[1:end], parents[:end], depths[:end], scores[1:end]))
+        return trees
+
+
+def _find_module(target: nn.Module, kind: type[nn.Module], exclude: type[nn.Module]) -> nn.Module:
+    """Return the first module of a kind: a decoder-only model of vLLM has one token embedding, and it comes first."""
+    for module in target.modules():
+        if isinstance(module, kind) and not isinstance(module, exclude):
+            return module
+    raise NotImplementedError(
+        f"redrafter found no {kind.__name__} in {type(target).__name__}: it cannot draft for this architecture"
+    )
+
+
+def _full_head(target: nn.Module, embedding: nn.Module, vocab_size: int) -> torch.Tensor:
+    """Return the target's whole head, [vocab_size, hidden_size], gathered from all ranks."""
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+
+    heads = [module for module in target.modules() if isinstance(module, ParallelLMHead)]
+    weight = (heads[0] if heads else embedding).weight
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise NotImplementedError("the drafter's head is tied to the target's, but that head is quantised: untie it")
+    if get_tensor_model_parallel_world_size() > 1:
+        weight = tensor_model_parallel_all_gather(weight.contiguous(), dim=0)
+    return weight[:vocab_size]

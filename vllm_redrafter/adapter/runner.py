@@ -1,0 +1,173 @@
+"""vLLM's V1 model runner with token trees: what a step does differently, in the order in which a step does it.
+
+    _prepare_inputs            which trees this step verifies; node i of a tree stands at position context + depth
+    _build_attention_metadata  the attention rounds of branching trees
+    _sample                    the acceptance walk, and the commit of the accepted paths
+    propose_draft_token_ids    the next trees, from the hidden states at the last accepted nodes
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_redrafter.adapter import attention, tree_batch
+from vllm_redrafter.adapter.attention import TreeAttentionMetadata
+from vllm_redrafter.adapter.proposer import ReDrafterProposer
+from vllm_redrafter.adapter.stats import Stats
+from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
+from vllm_redrafter.adapter.verification import Verifier
+from vllm_redrafter.core.acceptance import Walk
+
+
+class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
+    """Schedules, verifies and proposes token trees as vLLM does draft chains: N nodes are N draft tokens."""
+
+    drafter: ReDrafterProposer
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        # vLLM leaves min_p and logit_bias out when it speculates; our acceptance honours them
+        processors = (MinPLogitsProcessor, LogitBiasLogitsProcessor, MinTokensLogitsProcessor)
+        self.input_batch.logitsprocs = LogitsProcessors(kind(vllm_config, device, False) for kind in processors)
+        self.stats = Stats()
+        self._verifier = Verifier(self.sampler)
+        self._proposed: dict[str, DraftTree] = {}
+        self._batch = TreeBatch([], [], [], False, 0, 0)
+        self._query_ends: list[int] = []
+        self._branching_attention: list[TreeAttentionMetadata] = []
+        self._last_rows = torch.empty(0, dtype=torch.int64)
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any]) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        started = time.perf_counter()
+        self._query_ends = num_scheduled_tokens.cumsum().tolist()
+        self._batch = tree_batch.assemble(
+            self._proposed, self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._query_ends
+        )
+        # a tree is good for one step: a preempted or finished request must not find an old one
+        self._proposed = {}
+        for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
+            rows = slice(root_row + 1, root_row + len(tree.depths))
+            if self._batch.is_branching and rows.start < rows.stop:
+                self.positions[rows] = self.positions[root_row] + torch.tensor(tree.depths[1:])
+            # vLLM pads with token -1, which has no embedding: any token will do, no walk can reach it
+            self.input_ids.gpu[rows].clamp_(min=0)
+        self.stats.adapter_seconds += time.perf_counter() - started
+        return prepared
+
+    def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
+        metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
+        self._branching_attention = []
+        if not self._batch.is_branching or not self._query_ends or self._query_ends[-1] != num_tokens:
+            return metadata, common
+        started = time.perf_counter()
+        num_computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist()
+        segments = self._batch.segments(self._query_ends, num_computed)
+        for groups in self.attn_groups:
+            for group in groups:
+                stock = metadata[group.layer_names[0]]
+                with_rounds = attention.add_rounds(stock, group.get_metadata_builder(0), segments)
+                metadata.update(dict.fromkeys(group.layer_names, with_rounds))
+                self._branching_attention.append(with_rounds)
+        self.stats.adapter_seconds += time.perf_counter() - started
+        return metadata, common
+
+    def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
+        started = time.perf_counter()
+        batch = self._batch
+        discarded = frozenset(np.nonzero(self.discard_request_mask.np[: len(batch.trees)])[0].tolist())
+        sampling_metadata = self.input_batch.sampling_metadata
+        outputs = self.input_batch.req_output_token_ids
+        output, walk = self._verifier.verify(batch, logits, sampling_metadata, outputs, discarded)
+        self._commit(walk)
+        last_nodes = walk.nodes.gather(1, walk.num_accepted[:, None])[:, 0]
+        self._last_rows = torch.tensor(batch.logit_rows) + last_nodes
+        self._count(walk, discarded)
+        self.stats.verify_seconds += time.perf_counter() - started
+        return output
+
+    def _commit(self, walk: Walk) -> None:
+        """Move the keys and values of accepted nodes that are not on their tree's first path to their slots."""
+        if not self._branching_attention:
+            return
+        rows, slot_rows = [], []
+        for root_row, nodes in zip(self._batch.root_rows, walk.nodes.tolist(), strict=True):
+            # on the first path a node's index is its depth, and its keys and values are in place
+            moved = [(node, depth) for depth, node in enumerate(nodes) if node > depth]
+            rows += [root_row + node for node, _ in moved]
+            slot_rows += [root_row + depth for _, depth in moved]
+        if rows:
+            self.stats.num_commits += 1
+            layers = self.compilation_config.static_forward_context
+            for metadata in self._branching_attention:
+                attention.commit(layers, metadata, rows, slot_rows)
+        self._branching_attention = []
+
+    def _count(self, walk: Walk, discarded: frozenset[int]) -> None:
+        stats, batch = self.stats, self._batch
+        stats.num_engine_steps += 1
+        stats.num_truncated_trees += batch.num_truncated
+        stats.num_chain_fallbacks += batch.num_replaced
+        for index, (tree, nodes, depth) in enumerate(
+            zip(batch.trees, walk.nodes.tolist(), walk.num_accepted.tolist(), strict=True)
+        ):
+            if index not in discarded:
+                stats.count_accepted(len(tree.token_ids), depth, nodes[depth] == depth)
+            stats.num_branching_trees += any(parent != node - 1 for node, parent in enumerate(tree.parents))
+
+    def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
+        generators = self.input_batch.generators
+        hidden = {
+            index: generators.pop(index)
+            for index in np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+            if index in generators
+        }
+        try:
+            return super()._bookkeeping_sync(scheduler_output, sampler_output, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        # the drafter has no positions; stock vLLM would propose zeros to the whole batch near max_model_len
+        return True
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        """Return the nodes of every request's next tree, in the order of the batch, and remember the trees."""
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        active = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
+        if not active:
+            return drafts
+        started = time.perf_counter()
+        init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
+        candidates = self.drafter.search(sample_hidden_states[self._last_rows[active]], init_ids, float("-inf"))
+        budgets = torch.full((len(active),), self.drafter.options.num_speculative_tokens)
+        request_ids = [self.input_batch.req_ids[index] for index in active]
+        linear = [self.requests[request].sampling_params.structured_outputs is not None for request in request_ids]
+        trees = self.drafter.trees(init_ids, candidates, budgets, linear)
+        for index, request, tree in zip(active, request_ids, trees, strict=True):
+            drafts[index] = tree.token_ids
+            self._proposed[request] = tree
+        self.stats.num_linear_drafts += sum(linear)
+        self.stats.draft_seconds += time.perf_counter() - started
+        return drafts

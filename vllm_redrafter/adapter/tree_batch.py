@@ -1,0 +1,148 @@
+"""What the trees of one step look like inside vLLM's flat batch: rows, segments, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_redrafter.adapter.attention import Segment
+from vllm_redrafter.core.token_tree import TokenTree
+
+
+class DraftTree(NamedTuple):
+    """The tree proposed to one request, as plain lists; node 0 is the root."""
+
+    token_ids: list[int]
+    """Tokens of the nodes after the root, as the scheduler sees them."""
+    parents: list[int]
+    """Parent of every node, the root included (-1)."""
+    depths: list[int]
+    """Depth of every node, the root included (0)."""
+    scores: list[float]
+    """The drafter's cumulative log-probability of every node after the root; empty where it did not propose them."""
+
+
+def chain_of(token_ids: list[int]) -> DraftTree:
+    """Return the tree of one path."""
+    size = len(token_ids) + 1
+    return DraftTree(token_ids, list(range(-1, size - 1)), list(range(size)), [])
+
+
+class TreeBatch(NamedTuple):
+    """The trees that one forward pass verifies; requests without drafts have a tree of the root alone."""
+
+    trees: list[DraftTree]
+    """One per request of the batch, cut to what was scheduled."""
+    root_rows: list[int]
+    """Row of every root in the batch."""
+    logit_rows: list[int]
+    """Row of every root among the rows that logits are computed for."""
+    is_branching: bool
+    """Whether any tree is not a chain."""
+    num_truncated: int
+    """Trees of which the scheduler cut nodes off."""
+    num_replaced: int
+    """Drafts that are not the ones proposed (vLLM's padding), verified as chains."""
+
+    def as_token_tree(self) -> TokenTree:
+        """Return the batch in the core's form for the acceptance walk, which needs neither ancestors nor scores."""
+        size = max(len(tree.parents) for tree in self.trees)
+        tokens = torch.tensor([[-1, *tree.token_ids] + [-1] * (size - len(tree.parents)) for tree in self.trees])
+        parents = torch.tensor([tree.parents + [-1] * (size - len(tree.parents)) for tree in self.trees])
+        depths = torch.tensor([tree.depths + [0] * (size - len(tree.depths)) for tree in self.trees])
+        num_nodes = torch.tensor([len(tree.token_ids) for tree in self.trees])
+        return TokenTree(tokens, parents, depths, torch.empty(0, dtype=torch.int64), num_nodes, torch.empty(0))
+
+    def segments(self, query_ends: Sequence[int], num_computed: Sequence[int]) -> list[list[Segment]]:
+        """Return every request's segments, first path first.
+
+        Args:
+            query_ends: row behind the last of every request.
+            num_computed: tokens of every request that are cached before this step.
+        """
+        segments = []
+        query_start = 0
+        for request, tree in enumerate(self.trees):
+            root_row = self.root_rows[request]
+            context = num_computed[request] + root_row - query_start  # tokens before the root
+            paths = path_segments(tree.parents)
+            first_end = paths[0][1]
+            # only a tree that branches has its first path overwritten, and needs it written again
+            first_path = tuple(range(1, first_end)) if len(paths) > 1 else ()
+            segments.append(
+                [
+                    Segment(
+                        request,
+                        query_start,
+                        root_row + first_end if len(paths) > 1 else query_ends[request],
+                        context + (first_end if len(paths) > 1 else query_ends[request] - root_row),
+                        tuple(root_row + node for node in first_path),
+                        tuple(root_row + tree.depths[node] for node in first_path),
+                    )
+                ]
+            )
+            for start, end in paths[1:]:
+                path = path_to(tree.parents, end - 1)[1:]
+                segments[-1].append(
+                    Segment(
+                        request,
+                        root_row + start,
+                        root_row + end,
+                        context + tree.depths[end - 1] + 1,
+                        tuple(root_row + node for node in path),
+                        tuple(root_row + tree.depths[node] for node in path),
+                    )
+                )
+            query_start = query_ends[request]
+        return segments
+
+
+def assemble(
+    proposed: Mapping[str, DraftTree],
+    request_ids: Sequence[str],
+    scheduled: Mapping[str, list[int]],
+    query_ends: Sequence[int],
+) -> TreeBatch:
+    """Return the trees of a step.
+
+    Args:
+        proposed: the trees of the last proposal, by request.
+        request_ids: the requests of the batch, in its order.
+        scheduled: the draft tokens that the scheduler let through, by request: a prefix of the proposal, or padding.
+        query_ends: row behind the last of every request.
+    """
+    trees, root_rows, logit_rows = [], [], []
+    num_logits = num_truncated = num_replaced = 0
+    for request_id, query_end in zip(request_ids, query_ends, strict=True):
+        tokens = scheduled.get(request_id, [])
+        tree = proposed.get(request_id)
+        if not tokens:
+            trees.append(chain_of([]))
+        elif tree is None or tree.token_ids[: len(tokens)] != tokens:
+            num_replaced += 1
+            trees.append(chain_of(tokens))
+        else:
+            size = len(tokens) + 1
+            num_truncated += size < len(tree.parents)
+            trees.append(DraftTree(tokens, tree.parents[:size], tree.depths[:size], tree.scores[: len(tokens)]))
+        root_rows.append(query_end - 1 - len(tokens))
+        logit_rows.append(num_logits)
+        num_logits += 1 + len(tokens)
+    is_branching = any(parent != node - 1 for tree in trees for node, parent in enumerate(tree.parents))
+    return TreeBatch(trees, root_rows, logit_rows, is_branching, num_truncated, num_replaced)
+
+
+def path_segments(parents: Sequence[int]) -> list[tuple[int, int]]:
+    """Return [start, end) of every root-to-leaf path's new nodes, for nodes laid out depth first."""
+    starts = [node for node, parent in enumerate(parents) if parent != node - 1]
+    return list(zip([0, *starts], [*starts, len(parents)], strict=True))
+
+
+def path_to(parents: Sequence[int], node: int) -> list[int]:
+    """Return the nodes from the root to `node`, both included."""
+    path = [node]
+    while path[-1] != 0:
+        path.append(parents[path[-1]])
+    return path[::-1]

@@ -1,0 +1,141 @@
+"""Acceptance inside vLLM: the walk of `core.acceptance`, with every token drawn by the target's own sampler.
+
+The sampler is called once per depth on one row per request, as if that depth were a decoding step of its own: the
+tokens accepted so far stand in the request's output, a seeded generator is drawn from once per emitted token, and
+every sampling option means what it means without speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from vllm_redrafter.adapter.tree_batch import TreeBatch
+from vllm_redrafter.core import acceptance
+
+
+class Verifier:
+    """Draws from vLLM's sampler along the trees of one step."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def verify(
+        self,
+        batch: TreeBatch,
+        logits: torch.Tensor,  # [sum of (1 + nodes), vocab_size]
+        metadata: SamplingMetadata,
+        outputs: Sequence[list[int]],
+        discarded: frozenset[int],
+    ) -> tuple[SamplerOutput, acceptance.Walk]:
+        """Return the tokens of every request, padded with -1, and the nodes that they were drawn at.
+
+        Args:
+            outputs: the tokens emitted so far, by request: the very lists that penalties and `min_tokens` look at.
+            discarded: requests in the middle of their prompt: vLLM drops what is drawn for them, so nothing may be
+                drawn from their generators.
+        """
+        tree = batch.as_token_tree()
+        first_rows = torch.tensor(batch.logit_rows)
+        if is_plain_greedy(metadata):
+            choices = self.sampler.greedy_sample(logits.float()).long()
+            # padding nodes read some other row: no parent leads to them
+            rows = (first_rows[:, None] + torch.arange(tree.token_ids.shape[1])).clamp(max=len(choices) - 1)
+            walk = acceptance.greedy_walk(tree, choices[rows])
+            return SamplerOutput(walk.token_ids.int(), None), walk
+        draw = _SamplerDraw(self.sampler, logits, first_rows, metadata, outputs, discarded)
+        lengths = [len(output) for output in outputs]
+        walk = acceptance.walk(tree, draw)
+        # vLLM appends the accepted tokens itself
+        for output, length in zip(outputs, lengths, strict=True):
+            del output[length:]
+        return SamplerOutput(walk.token_ids.int(), draw.logprobs()), walk
+
+
+class _SamplerDraw:
+    """One draw per request and depth; the requests whose walk has ended are drawn for too, and ignored."""
+
+    def __init__(
+        self,
+        sampler: Any,
+        logits: torch.Tensor,
+        first_rows: torch.Tensor,  # [batch]
+        metadata: SamplingMetadata,
+        outputs: Sequence[list[int]],
+        discarded: frozenset[int],
+    ) -> None:
+        self.sampler = sampler
+        self.logits = logits
+        self.first_rows = first_rows
+        self.metadata = metadata
+        self.outputs = outputs
+        self.alive = set(range(len(first_rows))) - discarded
+        self.last_nodes: list[int] | None = None
+        self.last_tokens: list[int] = []
+        self.columns: list[LogprobsTensors] = []
+
+    def __call__(self, nodes: torch.Tensor) -> torch.Tensor:  # [batch] -> [batch]
+        """Return one token per request, drawn from the target's distribution at `nodes`."""
+        node_list: list[int] = nodes.tolist()
+        if self.last_nodes is not None:
+            self._append_accepted(node_list)
+        metadata = replace(
+            self.metadata,
+            generators={index: generator for index, generator in self.metadata.generators.items() if index in self.alive},
+            spec_token_ids=[[] for _ in node_list],
+        )
+        # the sampler works in place on fp32 logits: it gets rows of its own
+        output = self.sampler(self.logits[self.first_rows + nodes], metadata)
+        if output.logprobs_tensors is not None:
+            self.columns.append(output.logprobs_tensors)
+        tokens: torch.Tensor = output.sampled_token_ids[:, 0].long()
+        self.last_nodes, self.last_tokens = node_list, tokens.tolist()
+        return tokens
+
+    def logprobs(self) -> LogprobsTensors | None:
+        """Return what the sampler reported, one row per request and depth, the depths of a request together."""
+        if not self.columns:
+            return None
+        return LogprobsTensors(
+            *(
+                torch.stack([column[index] for column in self.columns], dim=1).flatten(0, 1)
+                for index in range(3)  # token ids, log-probabilities, ranks
+            )
+        )
+
+    def _append_accepted(self, nodes: list[int]) -> None:
+        """Let penalties and the like see the tokens that were accepted since the last draw."""
+        assert self.last_nodes is not None
+        moved = {index for index in self.alive if nodes[index] != self.last_nodes[index]}
+        self.alive = moved
+        for index in moved:
+            self.outputs[index].append(self.last_tokens[index])
+        for processor in self.metadata.logitsprocs.all:
+            processor.update_state(None)
+
+
+def is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Return whether a token is the argmax of raw logits for every request, and nothing else is asked for."""
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and metadata.thinking_budget_state_holder is None
+        and not any(_is_active(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+    )
+
+
+def _is_active(processor: Any) -> bool:
+    """Return whether a built-in logits processor has a request to work on; an unknown one always counts."""
+    for attribute in ("min_toks", "biases"):
+        if hasattr(processor, attribute):
+            return bool(getattr(processor, attribute))
+    return True

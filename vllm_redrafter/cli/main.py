@@ -1,0 +1,71 @@
+"""Entry point: reads the command line, runs one sub-command, turns what went wrong into one line and an exit status.
+
+0 done, 1 the command ran and failed, 2 usage, 130 interrupted. Nothing but the standard library is imported until a
+sub-command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from vllm_redrafter import __version__
+from vllm_redrafter.cli import demo, doctor, generate, verify
+from vllm_redrafter.cli.errors import INTERRUPTED, CommandError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole program; a parsed command carries its function as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-redrafter",
+        description="ReDrafter speculation inside vLLM: the same output, in fewer steps.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (demo, verify, doctor, generate):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        with _terminated_like_interrupted():
+            status: int = arguments.run(arguments)
+            sys.stdout.flush()
+        return status
+    except CommandError as error:
+        print(f"vllm-redrafter {arguments.command}: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print(f"vllm-redrafter {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader (`| head`) has gone: what Python flushes at exit must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that engines are ended."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Batched beam search with the drafter (arXiv 2403.09919, section 3.2): deterministic, fp32 scores, no (W, T, V) tensor.
+
+Besides the surviving beams it hands back every candidate that it scored well on the way: the token tree picks its nodes
+from those, so a continuation that lost its place among the beams can still be verified.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_redrafter.core.drafter import DraftState, Embed, ReDrafter
+
+
+class BeamShape(NamedTuple):
+    """How far and how wide to search."""
+
+    width: int
+    """Beams expanded at every depth."""
+    length: int
+    """Tokens drafted per beam, the init token not counted (Apple's `beam_length` is one more)."""
+
+
+class Candidates(NamedTuple):
+    """Scored continuations, depth by depth, parents before children: C = sum over the depths of the candidates kept."""
+
+    token_ids: torch.Tensor  # [batch, C]: the target's token ids
+    parents: torch.Tensor  # [batch, C]: index of the candidate that it continues, -1 for the init token
+    log_probs: torch.Tensor  # [batch, C]: cumulative log-probability, fp32; -inf where there is no candidate
+
+
+def search(
+    drafter: ReDrafter,
+    embed: Embed,
+    hidden: torch.Tensor,  # [batch, hidden_size]
+    init_ids: torch.Tensor,  # [batch]
+    shape: BeamShape,
+    num_candidates: int | None = None,
+    floor: float = float("-inf"),
+) -> Candidates:
+    """Return the best continuations of `init_ids` by cumulative log-probability.
+
+    At each depth the best `num_candidates` (at least `shape.width`, which is also the default) continuations of the
+    live beams are kept, best first, and the best `shape.width` of those are the beams of the next depth.
+
+    Args:
+        hidden: the target's last hidden state at the token before `init_ids`.
+        num_candidates: candidates kept per depth; more than the width enlarges the choice of leaves at no extra cost.
+        floor: cumulative log-probability that a beam must exceed for the search to go on; it ends when none does.
+
+    Raises:
+        ValueError: the shape holds a number below 1.
+    """
+    if shape.width < 1 or shape.length < 1:
+        raise ValueError(f"beam shape {tuple(shape)} is not usable: width and length must be at least 1")
+    batch_size = len(init_ids)
+    kept = max(shape.width, num_candidates or 0)
+    target_ids = drafter.target_ids()
+    rows = torch.arange(batch_size, device=hidden.device)[:, None]
+
+    state = drafter.start(hidden[:, None])
+    token_ids = init_ids[:, None]  # [batch, beams]
+    scores = torch.zeros(batch_size, 1, device=hidden.device)  # [batch, beams]
+    beam_ids = torch.full((batch_size, 1), -1, device=hidden.device)  # candidate index of every beam
+    depths: list[Candidates] = []
+    for depth in range(shape.length):
+        state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
+        log_probs = drafter.log_probs(state)  # [batch, beams, head]
+        head_size = log_probs.shape[-1]
+        totals = (log_probs + scores[..., None]).flatten(1)
+        best = totals.topk(min(kept, totals.shape[1]), dim=-1)
+        parent_beams = best.indices // head_size  # [batch, kept]
+        draft_ids = best.indices % head_size
+        best_ids = draft_ids if target_ids is None else target_ids[draft_ids]
+        first_id = sum(level.token_ids.shape[1] for level in depths)
+        depths.append(Candidates(best_ids, beam_ids[rows, parent_beams], best.values))
+
+        # waits for the device, and only where a floor is given
+        if floor > float("-inf") and not bool((best.values[:, 0] > floor).any()):
+            break
+        width = min(shape.width, best_ids.shape[1])
+        token_ids, scores = best_ids[:, :width], best.values[:, :width]
+        beam_ids = torch.arange(first_id, first_id + width, device=hidden.device).expand(batch_size, width)
+        # the recurrent state already holds the parent's token: it follows the beam that was continued
+        state = DraftState(state.context, state.recurrent[rows, parent_beams[:, :width]])
+    return Candidates(*(torch.cat(columns, dim=1) for columns in zip(*depths, strict=True)))

@@ -1,0 +1,155 @@
+"""The recurrent drafter: an RNN over token embeddings, conditioned on one hidden state of the target.
+
+Equations: arXiv 2403.09919, section 3.1, as Apple's code has them. With h the target's last hidden state (after its
+final norm) at the last token whose keys and values are cached, E the target's embedding, s_0 = 0 and g_0 the token
+that the target has just chosen:
+
+    s_t = SiLU(W_w E(g_{t-1}) + W_u s_{t-1} + b_u)          (rnn)
+    s_t = s_{t-1} + E(g_{t-1})                              (no rnn)
+    x   = [h; s_t], projected if exit_dim != 2 * hidden_size
+    x   = x + SiLU(A_i x + a_i)                             for every residual block i
+    logits of g_t = W_o x
+
+The drafter owns neither E nor, when tied, W_o: both are lent by the target (`TargetTables`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vllm_redrafter.core.config import ReDrafterConfig
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
+"""Maps token ids [...] to the target's input embeddings [..., hidden_size]."""
+
+
+class DraftState(NamedTuple):
+    """Where a draft stands: what the target handed over, and what the RNN has made of the drafted tokens."""
+
+    context: torch.Tensor  # [..., exit_dim]: the part of x that comes from h; it never changes during a draft
+    recurrent: torch.Tensor  # [..., hidden_size]: s_t
+
+
+class ResidualBlock(nn.Module):
+    """`x + SiLU(linear(x))`; the module's name inside is Apple's."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., dim] -> [..., dim]
+        """Return the block's output, of the input's shape."""
+        residual: torch.Tensor = x + functional.silu(self.linear(x))
+        return residual
+
+
+class ReDrafter(nn.Module):
+    """A recurrent drafter; its tensors carry Apple's names, so that checkpoints load unchanged."""
+
+    d2t: torch.Tensor | None
+    t2d: torch.Tensor | None
+
+    def __init__(self, config: ReDrafterConfig) -> None:
+        super().__init__()
+        config.check()
+        self.config = config
+        hidden, exit_dim = config.hidden_size, config.exit_dim
+        if config.has_input_proj:
+            self.input_proj = nn.Linear(2 * hidden, exit_dim)
+        blocks: list[nn.Module] = [ResidualBlock(exit_dim) for _ in range(config.num_draft_layers)]
+        if not config.tie_lm_head:
+            blocks.append(nn.Linear(exit_dim, config.head_size, bias=False))
+        self.lm_head = nn.ModuleList(blocks)
+        if config.rnn:
+            self.rnn_u = nn.Linear(hidden, hidden)
+            self.rnn_w = nn.Linear(hidden, hidden, bias=False)
+        reduced = config.draft_vocab_size is not None
+        self.register_buffer("d2t", torch.zeros(config.head_size, dtype=torch.int64) if reduced else None)
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool) if reduced else None)
+        self._tied_head: torch.Tensor | None = None
+
+    def set_draft_vocabulary(self, target_ids: torch.Tensor) -> None:
+        """Let the head's row i stand for token `target_ids[i]` of the target.
+
+        Stored as EAGLE-3 does in `speculators`: `d2t` holds the offset from draft id to target id, `t2d` marks the
+        target's tokens that can be drafted.
+
+        Args:
+            target_ids: [draft_vocab_size], ascending and distinct.
+
+        Raises:
+            ValueError: the ids do not fit the configuration.
+        """
+        size = self.config.draft_vocab_size
+        if size is None or target_ids.shape != (size,):
+            raise ValueError(f"a draft vocabulary of shape {tuple(target_ids.shape)} was given, but {size} ids are needed")
+        if int(target_ids[0]) < 0 or int(target_ids[-1]) >= self.config.vocab_size or bool((target_ids.diff() < 1).any()):
+            raise ValueError(f"draft vocabulary ids must be ascending and below vocab_size ({self.config.vocab_size})")
+        assert self.d2t is not None and self.t2d is not None
+        self.d2t.copy_(target_ids - torch.arange(size, device=target_ids.device))
+        self.t2d.zero_()
+        self.t2d[target_ids] = True
+
+    def tie_head(self, target_head: torch.Tensor) -> None:  # [vocab_size, hidden_size]
+        """Use the rows of the target's head that can be drafted; nothing is copied where all of them can."""
+        if not self.config.tie_lm_head:
+            raise ValueError("this drafter has its own head: only one with tie_lm_head=true takes the target's")
+        rows = self.target_ids()
+        self._tied_head = target_head if rows is None else target_head[rows]
+
+    def target_ids(self) -> torch.Tensor | None:
+        """Return the target's id for every row of the head, [draft_vocab_size], or None where they are the same."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def start(self, hidden: torch.Tensor) -> DraftState:  # [..., hidden_size]
+        """Return the state from which the tokens after g_0 are drafted."""
+        if self.config.has_input_proj:
+            # [h; s] W = h W_h + s W_s, and h is the same for all beams and depths
+            context = functional.linear(hidden, self.input_proj.weight[:, : hidden.shape[-1]], self.input_proj.bias)
+        else:
+            context = hidden
+        return DraftState(context, torch.zeros_like(hidden))
+
+    def advance(self, state: DraftState, embedding: torch.Tensor) -> DraftState:  # embedding: [..., hidden_size]
+        """Return the state after one more token, given that token's embedding."""
+        if self.config.rnn:
+            recurrent = functional.silu(self.rnn_w(embedding) + self.rnn_u(state.recurrent))
+        else:
+            recurrent = state.recurrent + embedding
+        return DraftState(state.context, recurrent)
+
+    def logits(self, state: DraftState) -> torch.Tensor:
+        """Return the scores of the next token, [..., head_size], by draft id.
+
+        Raises:
+            RuntimeError: the head is tied and `tie_head` has not been called.
+        """
+        context, recurrent = state
+        if self.config.has_input_proj:
+            x = context + functional.linear(recurrent, self.input_proj.weight[:, recurrent.shape[-1] :])
+        else:
+            x = torch.cat((context.expand_as(recurrent), recurrent), dim=-1)
+        for block in self.lm_head[: self.config.num_draft_layers]:
+            x = block(x)
+        if not self.config.tie_lm_head:
+            logits: torch.Tensor = self.lm_head[-1](x)
+            return logits
+        if self._tied_head is None:
+            raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
+        return functional.linear(x, self._tied_head.to(x.dtype))
+
+    def log_probs(self, state: DraftState) -> torch.Tensor:
+        """Return log Q of the next token in fp32, [..., head_size]; -inf outside the `top_k` best, ties kept."""
+        logits = self.logits(state).float()
+        top_k = self.config.top_k
+        if top_k is not None and top_k < logits.shape[-1]:
+            threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < threshold, float("-inf"))
+        return logits.log_softmax(dim=-1)
