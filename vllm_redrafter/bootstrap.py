@@ -168,7 +168,7 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
         print(f"installing {', '.join(groups)} tools into {path}", file=sys.stderr)
         pip_install(python, group_requirements)
     if extras or not groups:
-        print(f"installing the project into {path}: some minutes, up to 3 GB", file=sys.stderr)
+        print(f"installing the project into {path}: some minutes, 4 GB on disk", file=sys.stderr)
         indexes = ["--extra-index-url", TORCH_CPU_INDEX] if "cpu" in extras and torch_cpu_index_is_reachable() else []
         # vLLM first: it pins torch, and pip would otherwise fetch the newest torch only to drop it again
         if extra_requirements:

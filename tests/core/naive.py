@@ -43,9 +43,7 @@ def drafter_log_probs(drafter: ReDrafter, embeddings: torch.Tensor, hidden: torc
         for token_id in (init_id, *prefix):
             if config.rnn:
                 state = silu(
-                    weights["rnn_w.weight"] @ table[token_id]
-                    + weights["rnn_u.weight"] @ state
-                    + weights["rnn_u.bias"]
+                    weights["rnn_w.weight"] @ table[token_id] + weights["rnn_u.weight"] @ state + weights["rnn_u.bias"]
                 )
             else:
                 state = state + table[token_id]

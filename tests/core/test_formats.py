@@ -62,7 +62,9 @@ def parse(fields: dict[str, Any]) -> ReDrafterConfig:
 
 
 def test_our_own_fields_come_back_as_they_were() -> None:
-    config = ReDrafterConfig(hidden_size=8, vocab_size=32, exit_dim=9, beam_width=3, draft_length=5, verifier="org/target")
+    config = ReDrafterConfig(
+        hidden_size=8, vocab_size=32, exit_dim=9, beam_width=3, draft_length=5, verifier="org/target"
+    )
     assert parse(config.to_dict()).to_dict() == config.to_dict()
 
 
@@ -125,7 +127,9 @@ def test_keys_that_transformers_writes_are_known() -> None:
 def test_a_field_of_another_type_is_refused(name: str, value: object, rule: str) -> None:
     fields = ours() | {name: value}
     del fields["speculators_config"], fields["transformer_layer_config"]
-    with pytest.raises(ValueError, match=rf"config.json of 'some/drafter': {name} is {value!r}, but it must be {rule}$"):
+    with pytest.raises(
+        ValueError, match=rf"config.json of 'some/drafter': {name} is {value!r}, but it must be {rule}$"
+    ):
         parse(fields)
 
 
@@ -137,7 +141,7 @@ def test_a_missing_size_is_named(name: str) -> None:
 
 
 def test_a_size_that_no_drafter_can_have_is_refused_with_the_place() -> None:
-    with pytest.raises(ValueError, match="config.json of 'some/drafter': .*exit_dim is -1, but it must be a positive"):
+    with pytest.raises(ValueError, match=r"config.json of 'some/drafter': .*exit_dim is -1, but it must be a positive"):
         parse(APPLE | {"exit_dim": -1})
 
 
@@ -145,8 +149,14 @@ def test_a_size_that_no_drafter_can_have_is_refused_with_the_place() -> None:
     ("fields", "message"),
     [
         ({"speculators_config": []}, r"speculators_config is \[\], but it must be an object"),
-        ({"speculators_config": {"proposal_methods": {"a": 1}}}, r"proposal_methods is \{'a': 1\}, but it must be a list"),
-        ({"speculators_config": {"proposal_methods": [3]}}, r"proposal_methods is \[3\], but it must be a list of objects"),
+        (
+            {"speculators_config": {"proposal_methods": {"a": 1}}},
+            r"proposal_methods is \{'a': 1\}, but it must be a list",
+        ),
+        (
+            {"speculators_config": {"proposal_methods": [3]}},
+            r"proposal_methods is \[3\], but it must be a list of objects",
+        ),
         ({"transformer_layer_config": "llama"}, "transformer_layer_config is 'llama', but it must be an object"),
     ],
 )
@@ -231,7 +241,9 @@ def test_a_checkpoint_of_another_kind_is_refused(fields: dict[str, Any], kind: s
 
 def test_a_config_without_a_type_says_how_to_mark_it_as_apples() -> None:
     fields = {name: value for name, value in APPLE.items() if name != "model_type"}
-    with pytest.raises(ValueError, match='has no model_type: .* write "model_type": "recurrent_drafting_drafter" into it'):
+    with pytest.raises(
+        ValueError, match=r'has no model_type: .* write "model_type": "recurrent_drafting_drafter" into it'
+    ):
         parse(fields)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
+from vllm.sampling_params import SamplingType
 from vllm.v1.sample.logits_processor import (
     LogitBiasLogitsProcessor,
     LogitsProcessors,
@@ -21,13 +23,15 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_redrafter.adapter import attention, tree_batch
+from vllm_redrafter.adapter import attention, step_times, tree_batch
 from vllm_redrafter.adapter.attention import TreeAttentionMetadata
+from vllm_redrafter.adapter.budget import Budget, StepRecord
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier
 from vllm_redrafter.core.acceptance import Walk
+from vllm_redrafter.core.beam_search import Candidates
 
 
 class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
@@ -43,10 +47,48 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
         self.stats = Stats()
         self._verifier = Verifier(self.sampler)
         self._proposed: dict[str, DraftTree] = {}
-        self._batch = TreeBatch([], [], [], False, 0, 0)
+        self._batch = TreeBatch([], [], [], 0, 0, 0)
         self._query_ends: list[int] = []
         self._branching_attention: list[TreeAttentionMetadata] = []
         self._last_rows = torch.empty(0, dtype=torch.int64)
+        self._budget: Budget | None = None
+        self._step_started = 0.0
+        self._forward_seconds = 0.0
+        self._draft_seconds: float | None = None
+        self._decoding: set[str] = set()
+
+    def calibrate(self) -> None:
+        """Measure forward passes, so that budgets can be chosen; nothing to do where the budget is fixed."""
+        options = self.drafter.options
+        if options.budget == "auto":
+            most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
+            self._budget = Budget(step_times.measure(self, most_rows), options.num_speculative_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the statistics, and what the budget has learnt."""
+        return self.stats.as_dict() | {"budgets": {} if self._budget is None else self._budget.as_dict()}
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        """Run the forward pass as vLLM does; its time tells the budget what a step costs."""
+        now = time.perf_counter()
+        self._learn_from_last_step(scheduler_output, now)
+        self._step_started = now
+        output = super().execute_model(scheduler_output, intermediate_tensors)
+        self._forward_seconds = time.perf_counter() - now
+        return output
+
+    def _learn_from_last_step(self, scheduler_output: Any, now: float) -> None:
+        scheduled = scheduler_output.num_scheduled_tokens
+        # the engine was busy from one step to the next only if they serve the same requests
+        if self._budget is not None and self._decoding and self._decoding == scheduled.keys():
+            num_nodes = sum(len(tree.token_ids) for tree in self._batch.trees)
+            total = now - self._step_started
+            self._budget.observe_step(
+                StepRecord(len(self._batch.trees), num_nodes, self._forward_seconds, self._draft_seconds, total)
+            )
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        is_decoding = all(count == 1 + len(drafts.get(request, ())) for request, count in scheduled.items())
+        self._decoding = set(scheduled) if is_decoding else set()
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any]) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -59,7 +101,7 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
         self._proposed = {}
         for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
             rows = slice(root_row + 1, root_row + len(tree.depths))
-            if self._batch.is_branching and rows.start < rows.stop:
+            if self._batch.num_branching and rows.start < rows.stop:
                 self.positions[rows] = self.positions[root_row] + torch.tensor(tree.depths[1:])
             # vLLM pads with token -1, which has no embedding: any token will do, no walk can reach it
             self.input_ids.gpu[rows].clamp_(min=0)
@@ -69,7 +111,7 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
     def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
         self._branching_attention = []
-        if not self._batch.is_branching or not self._query_ends or self._query_ends[-1] != num_tokens:
+        if not self._batch.num_branching or not self._query_ends or self._query_ends[-1] != num_tokens:
             return metadata, common
         started = time.perf_counter()
         num_computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist()
@@ -115,16 +157,23 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
         self._branching_attention = []
 
     def _count(self, walk: Walk, discarded: frozenset[int]) -> None:
+        """Count what was verified, for the statistics and for the budget."""
         stats, batch = self.stats, self._batch
         stats.num_engine_steps += 1
         stats.num_truncated_trees += batch.num_truncated
         stats.num_chain_fallbacks += batch.num_replaced
+        stats.num_branching_trees += batch.num_branching
         for index, (tree, nodes, depth) in enumerate(
             zip(batch.trees, walk.nodes.tolist(), walk.num_accepted.tolist(), strict=True)
         ):
-            if index not in discarded:
-                stats.count_accepted(len(tree.token_ids), depth, nodes[depth] == depth)
-            stats.num_branching_trees += any(parent != node - 1 for node, parent in enumerate(tree.parents))
+            if index in discarded:
+                continue
+            stats.count_accepted(len(tree.token_ids), depth, nodes[depth] == depth)
+            if self._budget is not None and tree.scores:
+                accepted = np.zeros(1 + len(tree.scores), dtype=np.bool_)
+                accepted[nodes[: depth + 1]] = True
+                parameters = self.requests[self.input_batch.req_ids[index]].sampling_params
+                self._budget.observe_acceptance(np.array(tree.scores), accepted[1:], is_greedy(parameters))
 
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
@@ -156,18 +205,52 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
         """Return the nodes of every request's next tree, in the order of the batch, and remember the trees."""
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         active = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
+        self._draft_seconds = None
         if not active:
             return drafts
         started = time.perf_counter()
-        init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
-        candidates = self.drafter.search(sample_hidden_states[self._last_rows[active]], init_ids, float("-inf"))
-        budgets = torch.full((len(active),), self.drafter.options.num_speculative_tokens)
+        floor = self._agreed_floor(len(active))
+        if floor is None:
+            self.stats.num_skipped_drafts += 1
+            return drafts
         request_ids = [self.input_batch.req_ids[index] for index in active]
-        linear = [self.requests[request].sampling_params.structured_outputs is not None for request in request_ids]
+        parameters = [self.requests[request].sampling_params for request in request_ids]
+        init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
+        candidates = self.drafter.search(sample_hidden_states[self._last_rows[active]], init_ids, floor)
+        budgets = self._agreed_budgets(candidates, [is_greedy(each) for each in parameters])
+        linear = [each.structured_outputs is not None for each in parameters]
         trees = self.drafter.trees(init_ids, candidates, budgets, linear)
         for index, request, tree in zip(active, request_ids, trees, strict=True):
             drafts[index] = tree.token_ids
             self._proposed[request] = tree
         self.stats.num_linear_drafts += sum(linear)
-        self.stats.draft_seconds += time.perf_counter() - started
+        self._draft_seconds = time.perf_counter() - started
+        self.stats.draft_seconds += self._draft_seconds
         return drafts
+
+    def _agreed_floor(self, batch_size: int) -> float | None:
+        """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing."""
+        if self._budget is None:
+            return float("-inf")
+        should_draft = self._budget.should_draft(batch_size)
+        floor = _from_first_rank(torch.tensor([self._budget.floor(batch_size) if should_draft else float("nan")]))
+        return None if bool(floor.isnan()) else float(floor)
+
+    def _agreed_budgets(self, candidates: Candidates, greedy: list[bool]) -> torch.Tensor:
+        """Return how many nodes every request may verify, [batch], the same on all ranks."""
+        if self._budget is None:
+            return torch.full((len(greedy),), self.drafter.options.num_speculative_tokens)
+        best_first = candidates.log_probs.sort(dim=1, descending=True).values.double().numpy()
+        return _from_first_rank(torch.from_numpy(self._budget.choose(best_first, greedy)))
+
+
+def is_greedy(parameters: Any) -> bool:
+    """Return whether a request's tokens are the target's best ones."""
+    return bool(parameters.sampling_type == SamplingType.GREEDY)
+
+
+def _from_first_rank(decision: torch.Tensor) -> torch.Tensor:
+    """Return the first rank's value: decisions that rest on times differ between ranks, and drafts must not."""
+    group = get_tp_group()
+    agreed: torch.Tensor = decision if group.world_size == 1 else group.broadcast(decision, src=0)
+    return agreed

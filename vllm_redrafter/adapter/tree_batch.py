@@ -39,8 +39,8 @@ class TreeBatch(NamedTuple):
     """Row of every root in the batch."""
     logit_rows: list[int]
     """Row of every root among the rows that logits are computed for."""
-    is_branching: bool
-    """Whether any tree is not a chain."""
+    num_branching: int
+    """Trees that are not chains."""
     num_truncated: int
     """Trees of which the scheduler cut nodes off."""
     num_replaced: int
@@ -130,8 +130,8 @@ def assemble(
         root_rows.append(query_end - 1 - len(tokens))
         logit_rows.append(num_logits)
         num_logits += 1 + len(tokens)
-    is_branching = any(parent != node - 1 for tree in trees for node, parent in enumerate(tree.parents))
-    return TreeBatch(trees, root_rows, logit_rows, is_branching, num_truncated, num_replaced)
+    num_branching = sum(len(path_segments(tree.parents)) > 1 for tree in trees)
+    return TreeBatch(trees, root_rows, logit_rows, num_branching, num_truncated, num_replaced)
 
 
 def path_segments(parents: Sequence[int]) -> list[tuple[int, int]]:

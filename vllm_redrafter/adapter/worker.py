@@ -25,6 +25,12 @@ class ReDrafterCPUWorker(CPUWorker):  # type: ignore[misc]
         finally:
             cpu_worker.CPUModelRunner = stock
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up as vLLM does, then measure what forward passes cost."""
+        times = super().compile_or_warm_up_model()
+        self.model_runner.calibrate()
+        return times
+
     def redrafter_stats(self) -> dict[str, Any]:
         """Return what speculation did since this worker started."""
-        return self.model_runner.stats.as_dict()
+        return self.model_runner.describe()

@@ -31,7 +31,7 @@ _DEFAULT_ENVIRONMENT = {
 _CLOSE_SECONDS = 15
 
 OnPiece = Callable[[str, bool], None]
-OnAnswer = Callable[[int], None]
+OnAnswer = Callable[[int, Answer], None]
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class Engine:
         self._events: IO[str] | None = None
         self._log: Path | None = None
         self._spec = spec
+        self._died = False
 
     def __enter__(self) -> Engine:
         self.spawn()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, exception_type: type[BaseException] | None, *rest: object) -> None:
+        self.close(at_once=exception_type is not None)
 
     def spawn(self) -> None:
         """Start the child process; `wait_ready` says when it can be used."""
-        log: int | IO[str]
         if self._verbose:
-            log = 2
+            log = os.dup(2)
         else:
-            descriptor, name = tempfile.mkstemp(prefix="vllm-redrafter-", suffix=".log")
-            log, self._log = descriptor, Path(name)
+            log, name = tempfile.mkstemp(prefix="vllm-redrafter-", suffix=".log")
+            self._log = Path(name)
         environment = {**_DEFAULT_ENVIRONMENT, **os.environ}
         environment.setdefault("VLLM_LOGGING_LEVEL", "INFO" if self._verbose else "ERROR")
         events, child_events = os.pipe()
@@ -89,8 +89,7 @@ class Engine:
             start_new_session=True,
         )
         os.close(child_events)
-        if self._log is not None:
-            os.close(descriptor)
+        os.close(log)
         self._events = os.fdopen(events, encoding="utf-8")
         self._send(asdict(self._spec))
 
@@ -116,7 +115,7 @@ class Engine:
             prompts: a prompt's own seed replaces that of `sampling`.
             sampling: keyword arguments of vLLM's `SamplingParams`.
             on_piece: called with each token's text as it comes, and whether the token was drafted.
-            on_answer: called with a prompt's index when its answer is complete.
+            on_answer: called with a prompt's index and its answer when that is complete.
 
         Raises:
             CommandError: the engine died.
@@ -138,7 +137,7 @@ class Engine:
             else:
                 answers[event["index"]] = Answer(**event["answer"])
                 if on_answer is not None:
-                    on_answer(event["index"])
+                    on_answer(event["index"], answers[event["index"]])
         return Generation([answers[index] for index in range(len(prompts))], event["seconds"], event["stats"])
 
     def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
@@ -147,24 +146,22 @@ class Engine:
         texts: list[str] = self._receive()["texts"]
         return texts
 
-    def close(self) -> None:
-        """End the engine and everything it started; its log goes where nothing went wrong."""
-        process = self._process
-        if process is None:
+    def close(self, *, at_once: bool = False) -> None:
+        """End the engine and everything it started; its log is kept where it died by itself."""
+        process, events = self._process, self._events
+        if process is None or process.stdin is None or events is None:
             return
-        interrupted = sys.exc_info()[0] is not None
         with contextlib.suppress(BrokenPipeError):
-            assert process.stdin is not None
             process.stdin.close()
-        if not interrupted:
+        if not at_once:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_CLOSE_SECONDS)
+        # the whole session: workers outlive a parent that was killed
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if self._events is not None:
-            self._events.close()
-        if self._log is not None and not interrupted:
+        events.close()
+        if self._log is not None and not self._died:
             self._log.unlink()
         self._process = None
 
@@ -187,6 +184,7 @@ class Engine:
 
     def _death(self) -> CommandError:
         assert self._process is not None
+        self._died = True
         status = self._process.wait()
         how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
         if self._log is None:

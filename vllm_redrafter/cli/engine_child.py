@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from vllm_redrafter.cli.generation import join
+
 
 def main() -> None:
     """Serve one engine until stdin ends."""
@@ -28,7 +30,7 @@ def main() -> None:
 
 
 @dataclass
-class Progress:
+class Running:
     """A request under way."""
 
     started: float
@@ -57,27 +59,27 @@ class Server:
         """Answer all prompts, running together; an answer is sent when it is complete, "done" at the end."""
         before = self._stats()
         started = time.perf_counter()
-        running: dict[str, tuple[int, Progress]] = {}
+        running: dict[str, tuple[int, Running]] = {}
         for index, prompt in enumerate(prompts):
             self._num_requests += 1
             request_id = str(self._num_requests)
             error = self._add(request_id, prompt, sampling)
             if error is None:
-                running[request_id] = (index, Progress(time.perf_counter()))
+                running[request_id] = (index, Running(time.perf_counter()))
             else:
                 answer = {"text": "", "token_ids": [], "num_steps": 0, "seconds": 0.0, "error": error}
                 self._send({"event": "answer", "index": index, "answer": answer})
         while running:
             for output in self._llm.llm_engine.step():
-                index, progress = running[output.request_id]
-                pieces = self._advance(progress, output.outputs[0], stream)
+                index, request = running[output.request_id]
+                pieces = self._advance(request, output.outputs[0], stream)
                 if pieces:
                     self._send({"event": "pieces", "pieces": pieces})
                 if output.finished:
-                    self._finish(index, progress)
+                    self._finish(index, request)
                     del running[output.request_id]
         seconds = time.perf_counter() - started
-        stats = {name: value - before[name] for name, value in self._stats().items()}
+        stats = {name: value - before.get(name, 0) for name, value in self._stats().items()}
         self._send({"event": "done", "seconds": seconds, "stats": stats})
 
     def decode(self, sequences: list[list[int]]) -> None:
@@ -113,40 +115,40 @@ class Server:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return list(self._tokenizer.encode(text, add_special_tokens=False))
         # a model without a chat template continues the text so far
-        return list(self._tokenizer.encode("\n".join(message["content"] for message in messages)))
+        return list(self._tokenizer.encode(join(messages)))
 
-    def _advance(self, progress: Progress, output: Any, stream: bool) -> list[tuple[str, bool]]:
+    def _advance(self, request: Running, output: Any, stream: bool) -> list[tuple[str, bool]]:
         """Take in what a step emitted; return it as pieces of text, each with whether it was drafted."""
-        progress.text += output.text
-        progress.num_emissions += bool(output.token_ids)
+        request.text += output.text
+        request.num_emissions += bool(output.token_ids)
         if output.logprobs is not None:
-            progress.logprobs = progress.logprobs or []
+            request.logprobs = request.logprobs or []
             for position in output.logprobs:
-                progress.logprobs.append({str(token): entry.logprob for token, entry in position.items()})
+                request.logprobs.append({str(token): entry.logprob for token, entry in position.items()})
         pieces = []
         for number, token_id in enumerate(output.token_ids, start=1):
-            progress.token_ids.append(token_id)
+            request.token_ids.append(token_id)
             if stream:
                 # the last token of a step is the target's own choice, those before it were accepted drafts
-                pieces.append((self._new_text(progress), number < len(output.token_ids)))
+                pieces.append((self._new_text(request), number < len(output.token_ids)))
         return pieces
 
-    def _new_text(self, progress: Progress) -> str:
-        text: str = self._tokenizer.decode(progress.token_ids, skip_special_tokens=True)
+    def _new_text(self, request: Running) -> str:
+        text: str = self._tokenizer.decode(request.token_ids, skip_special_tokens=True)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             # the rest of this character comes with the next token
             return ""
-        new = text[len(progress.shown) :]
-        progress.shown = text
+        new = text[len(request.shown) :]
+        request.shown = text
         return new
 
-    def _finish(self, index: int, progress: Progress) -> None:
+    def _finish(self, index: int, request: Running) -> None:
         answer = {
-            "text": progress.text,
-            "token_ids": progress.token_ids,
-            "num_steps": max(0, progress.num_emissions - 1),
-            "seconds": time.perf_counter() - progress.started,
-            "logprobs": progress.logprobs,
+            "text": request.text,
+            "token_ids": request.token_ids,
+            "num_steps": max(0, request.num_emissions - 1),
+            "seconds": time.perf_counter() - request.started,
+            "logprobs": request.logprobs,
         }
         self._send({"event": "answer", "index": index, "answer": answer})
 

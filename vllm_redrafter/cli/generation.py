@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -70,3 +70,11 @@ def merge(generations: Iterable[Generation]) -> Generation:
         for name, value in generation.stats.items():
             stats[name] = stats.get(name, 0) + value
     return Generation(answers, seconds, stats)
+
+
+def join(messages: Sequence[dict[str, str]]) -> str:
+    """Return a conversation as plain text: what the model said continues its prompt, a new turn begins a line."""
+    text = ""
+    for message in messages:
+        text += "\n" * bool(text and message["role"] == "user") + message["content"]
+    return text

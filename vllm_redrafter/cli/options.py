@@ -24,7 +24,7 @@ def positive_int(text: str) -> int:
 def node_budget(text: str) -> int:
     """Parse a number of tree nodes, 1..63."""
     if not text.isdecimal() or not 1 <= int(text) <= MAX_NODES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 1 to {MAX_NODES}, which a tree may have as nodes")
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer from 1 to {MAX_NODES}, a tree's nodes")
     return int(text)
 
 
@@ -51,10 +51,10 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
-def add_pair(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_pair(parser: argparse.ArgumentParser, *, drafter_required: bool) -> None:
     """Add `--target` and `--drafter`."""
-    parser.add_argument("--target", metavar="T", required=required, help="directory or Hub id of the target model")
-    parser.add_argument("--drafter", metavar="D", required=required, help="directory or Hub id of the drafter")
+    parser.add_argument("--target", metavar="T", required=True, help="directory or Hub id of the target model")
+    parser.add_argument("--drafter", metavar="D", required=drafter_required, help="directory or Hub id of the drafter")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +69,12 @@ def check_model(option: str, model: str) -> None:
     Raises:
         CommandError: naming the path and what is missing.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CommandError(f"{option}: no config.json in {model!r}: pass the directory that holds the model's files")
+            raise CommandError(f"{option}: no config.json in {model!r}: pass the directory of a model")
     elif path.exists():
-        raise CommandError(f"{option}: {model!r} is a file: pass the directory that holds the model's files")
+        raise CommandError(f"{option}: {model!r} is a file: pass the directory of a model")
     elif model.startswith(".") or not _HUB_ID.fullmatch(model):
         raise CommandError(f"{option}: no directory {model!r}: pass a model's directory or a Hub id")
 

@@ -1,0 +1,222 @@
+"""How many nodes to verify: those that raise tokens per second at the current load, and none when none does.
+
+A node that is accepted with probability p adds p tokens to a step and one row to the target's forward pass. With the
+batch's nodes sorted by p, verifying the best k of them yields
+
+    (requests + p_1 + ... + p_k) / time(requests + k rows)
+
+tokens per second. The k where that is highest is the budget of the whole batch, and how it is shared among the
+requests follows from the sorting. The p come from the drafter's own log-probabilities, corrected by what was accepted
+so far (`Calibration`); the times come from forward passes measured at start, corrected by the steps served so far
+(`Load`). When even the best k does not beat plain decoding, drafting itself stops, and is tried again now and then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+_WINDOW = 15  # measurements that a median is taken over
+_FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
+_PLAIN_STEP_INTERVAL = 256
+_GAIN_WEIGHT = 0.1  # of a new promise in the moving average
+_LONGEST_PAUSE = 128  # steps without drafting before it is tried again
+
+
+class StepTimes(NamedTuple):
+    """Seconds of a forward pass by its number of rows, as measured at start."""
+
+    rows: Floats  # [num_measured], ascending
+    seconds: Floats  # [num_measured]
+
+    def at(self, rows: Floats) -> Floats:  # any shape
+        """Return the time of passes of `rows` rows, the last slope continued behind the largest one measured."""
+        inside = np.interp(rows, self.rows, self.seconds)
+        if len(self.rows) < 2:
+            return inside
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
+        beyond: Floats = inside + np.maximum(rows - self.rows[-1], 0) * max(slope, 0.0)
+        return beyond
+
+
+class Calibration:
+    """How often a node is accepted, by the drafter's own cumulative log-probability of it."""
+
+    _LOWEST = -8.0
+    _NUM_BINS = 33
+    _PRIOR = 8.0  # nodes that the drafter's own word counts for in every bin
+    _MEMORY = 4000.0  # nodes after which a bin's past weighs half
+
+    def __init__(self) -> None:
+        self._centers = np.linspace(self._LOWEST, 0.0, self._NUM_BINS)
+        self._seen = np.full(self._NUM_BINS, self._PRIOR)
+        self._accepted = self._PRIOR * np.exp(self._centers)
+        self._rates = np.exp(self._centers)
+
+    def observe(self, log_probs: Floats, accepted: npt.NDArray[np.bool_]) -> None:
+        """Count verified nodes."""
+        width = self._centers[1] - self._centers[0]
+        bins = np.clip(np.rint((log_probs - self._LOWEST) / width), 0, self._NUM_BINS - 1).astype(np.int64)
+        self._seen += np.bincount(bins, minlength=self._NUM_BINS)
+        self._accepted += np.bincount(bins, weights=accepted, minlength=self._NUM_BINS)
+        too_old = self._seen > self._MEMORY
+        self._seen[too_old] /= 2
+        self._accepted[too_old] /= 2
+        # a more probable node cannot be a worse one: what contradicts that is noise
+        self._rates = np.maximum.accumulate(self._accepted / self._seen)
+
+    def probability(self, log_probs: Floats) -> Floats:
+        """Return how likely nodes are accepted."""
+        return np.interp(log_probs, self._centers, self._rates)
+
+    def log_prob_of(self, probability: float) -> float:
+        """Return the drafter's log-probability below which nodes are accepted less often than `probability`."""
+        index = int(np.searchsorted(self._rates, probability))
+        return float(self._centers[max(index - 1, 0)]) if index > 0 else -math.inf
+
+
+class Load:
+    """What steps cost and bring at one level of load (a power of two of requests)."""
+
+    def __init__(self) -> None:
+        self.plain_ratio: deque[float] = deque(maxlen=_WINDOW)
+        """Seconds of a forward pass without drafts over those expected from the passes at start."""
+        self.drafted_ratio: deque[float] = deque(maxlen=_WINDOW)
+        self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
+        self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
+        """Scheduling, sampling and messages: what is neither forward pass nor drafting."""
+        self.gain = 1.0
+        """Tokens per second with drafts over those without, as a moving average of what choices promised."""
+        self.marginal_probability = 0.0
+        """A node less likely than this did not pay at the last choice."""
+        self.num_drafted = 0
+        self.pause = 0
+        """Steps left without drafting."""
+        self.next_pause = 1
+        self.on_trial = False
+        """Whether the next choice decides alone: it is the first one after a pause."""
+
+
+class StepRecord(NamedTuple):
+    """What one step of decoding took."""
+
+    batch_size: int
+    num_nodes: int
+    """Nodes verified, summed over the batch."""
+    forward_seconds: float
+    draft_seconds: float | None
+    """Drafting at its end; None where nothing was drafted."""
+    total_seconds: float
+    """From its start to the start of the next step."""
+
+
+class Budget:
+    """Chooses budgets and learns from what they cost and brought; one per model runner."""
+
+    def __init__(self, times: StepTimes, max_nodes: int) -> None:
+        self._times = times
+        self._max_nodes = max_nodes
+        self._calibrations = {True: Calibration(), False: Calibration()}  # by whether the request is greedy
+        self._loads: dict[int, Load] = {}
+
+    def load(self, batch_size: int) -> Load:
+        """Return the record for batches of about `batch_size` requests."""
+        return self._loads.setdefault(batch_size.bit_length(), Load())
+
+    def should_draft(self, batch_size: int) -> bool:
+        """Return whether to draft after this step; counts the pauses."""
+        load = self.load(batch_size)
+        if load.pause > 0:
+            load.pause -= 1
+            return False
+        if load.gain < 1.0:
+            load.pause = load.next_pause
+            load.next_pause = min(2 * load.next_pause, _LONGEST_PAUSE)
+            load.gain, load.on_trial = 1.0, True
+            return False
+        load.num_drafted += 1
+        if load.num_drafted % _PLAIN_STEP_INTERVAL == _FIRST_PLAIN_STEP:
+            load.pause = 1  # two in a row: the step between them has neither drafts nor drafting
+            return False
+        return True
+
+    def floor(self, batch_size: int) -> float:
+        """Return the cumulative log-probability below which no node can pay, so that the search may stop there."""
+        probability = self.load(batch_size).marginal_probability / 2  # what pays may change until the next choice
+        return min(calibration.log_prob_of(probability) for calibration in self._calibrations.values())
+
+    def choose(self, log_probs: Floats, is_greedy: Sequence[bool]) -> npt.NDArray[np.int64]:
+        """Return how many of every request's candidates to verify, [batch].
+
+        Args:
+            log_probs: [batch, candidates], cumulative, descending in every row; -inf where there is none.
+            is_greedy: by request.
+        """
+        batch_size = len(log_probs)
+        kept = log_probs[:, : self._max_nodes]
+        chances = np.empty_like(kept)
+        for index, greedy in enumerate(is_greedy):
+            chances[index] = self._calibrations[greedy].probability(kept[index])
+        chances[np.isneginf(kept)] = 0.0
+        best_first = np.argsort(-chances, axis=None, kind="stable")
+        best_first = best_first[: np.count_nonzero(chances)]
+        sorted_chances = chances.ravel()[best_first]
+
+        load = self.load(batch_size)
+        tokens = batch_size + np.concatenate(([0.0], np.cumsum(sorted_chances)))
+        passes = self._times.at(batch_size + np.arange(len(tokens), dtype=np.float64))
+        other = _median(load.other_seconds, 0.0)
+        drafted_ratio = _median(load.drafted_ratio, 1.0)
+        seconds = passes * drafted_ratio + other + _median(load.draft_seconds, 0.0)
+        speeds = tokens / seconds
+        count = int(np.argmax(speeds))
+        plain_speed = batch_size / (passes[0] * _median(load.plain_ratio, drafted_ratio) + other)
+        promise = float(speeds[count] / plain_speed)
+        load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
+        load.on_trial = False
+        if load.gain >= 1.0:
+            load.next_pause = 1
+        steps = np.diff(seconds[max(count - 1, 0) : count + 2])
+        load.marginal_probability = float(speeds[count] * max(steps.max(initial=0.0), 0.0))
+        shares = np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
+        return shares
+
+    def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
+        """Learn from one request's verified nodes."""
+        self._calibrations[is_greedy].observe(log_probs, accepted)
+
+    def observe_step(self, step: StepRecord) -> None:
+        """Learn from a step of decoding."""
+        load = self.load(step.batch_size)
+        expected = float(self._times.at(np.array(float(step.batch_size + step.num_nodes))))
+        (load.drafted_ratio if step.num_nodes else load.plain_ratio).append(step.forward_seconds / expected)
+        if step.draft_seconds is not None:
+            load.draft_seconds.append(step.draft_seconds)
+        other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
+        load.other_seconds.append(max(other, 0.0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return, by load, what was learnt: for statistics."""
+        return {
+            f"<{1 << bits}": {
+                "gain": load.gain,
+                "plain_ratio": _median(load.plain_ratio, math.nan),
+                "drafted_ratio": _median(load.drafted_ratio, math.nan),
+                "draft_ms": 1e3 * _median(load.draft_seconds, math.nan),
+                "other_ms": 1e3 * _median(load.other_seconds, math.nan),
+                "marginal_probability": load.marginal_probability,
+            }
+            for bits, load in sorted(self._loads.items())
+        }
+
+
+def _median(values: Sequence[float], default: float) -> float:
+    return median(values) if values else default

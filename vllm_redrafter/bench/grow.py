@@ -1,0 +1,226 @@
+"""Makes a small model large without changing its function, so that a measurement pays for size and not for training.
+
+The residual stream gets `factor` times as wide and is zero in the new columns:
+
+    RMSNorm      mean(x²) shrinks by the factor: eps / factor and weight / sqrt(factor) give back what was there
+    attention    new query heads read new key-value heads, whose keys and values are zero; the size of a head, and with
+                 it the rotary embedding, stays
+    MLP          new columns are zero, and so is SiLU(0)
+    new layers   copies of the last one with zero `o_proj` and `down_proj`: they add nothing to the residual stream
+
+Logits are those of the small model up to the order of summation. A drafter is grown alongside: the target's hidden
+states and embeddings are zero in the new columns, so padding its own weights with zeros leaves its drafts as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_redrafter.core import checkpoint
+from vllm_redrafter.core.drafter import ReDrafter
+
+_MODEL_TYPES = ("llama", "mistral")
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
+_NORM = re.compile(r".*layernorm\.weight|model\.norm\.weight")
+_RESIDUAL_WRITER = re.compile(r".*\.(?:o_proj|down_proj)\.(?:weight|bias)")
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """What a target grows to; a size that is left out grows by `factor`, the number of layers doubles."""
+
+    factor: int
+    """How many times as wide the residual stream becomes."""
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+
+
+def grow_target(source: Path, output: Path, shape: TargetShape) -> int:
+    """Write the grown model with its tokenizer and generation config; return its number of parameters.
+
+    Raises:
+        ValueError: the source is not Llama-like, or the shape does not hold it.
+    """
+    config = _read_config(source)
+    grown_config = _grown_config(config, shape)
+    _check_output(source, output)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in type(model)(grown_config).named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for name, wanted in shapes.items():
+        source_name = _source_name(name, config.num_hidden_layers)
+        weight = weights[source_name]
+        if source_name != name and _RESIDUAL_WRITER.fullmatch(name):
+            weight = torch.zeros_like(weight)
+        elif _NORM.fullmatch(name):
+            weight = (weight.double() / math.sqrt(shape.factor)).to(weight.dtype)
+        state[name] = _padded(weight, wanted)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(state, output / "model.safetensors", metadata={"format": "pt"})
+    grown_config.save_pretrained(output)
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, output / path.name)
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def grow_drafter(source: Path, output: Path, factor: int) -> int:
+    """Write the drafter that drafts for the grown target what `source` drafts; return its number of parameters.
+
+    Raises:
+        ValueError: `source` holds no drafter, or the factor does not suit it.
+    """
+    _check_factor(factor)
+    drafter = checkpoint.load_drafter(source)
+    _check_output(source, output)
+    config = drafter.config
+    hidden = config.hidden_size
+    state_columns = range(factor * hidden, factor * hidden + hidden)
+    grown_config = copy.deepcopy(config)
+    grown_config.hidden_size = factor * hidden
+    if config.tie_lm_head:
+        grown_config.exit_dim = factor * hidden
+        exit_columns = list(range(hidden))
+    elif config.has_input_proj:
+        exit_columns = list(range(config.exit_dim))
+    else:
+        grown_config.exit_dim = 2 * factor * hidden
+        exit_columns = [*range(hidden), *state_columns]
+    if grown_config.has_input_proj != config.has_input_proj:
+        raise ValueError(
+            f"factor {factor} would make the drafter's exit_dim, {config.exit_dim}, twice the hidden size, which means "
+            "that there is no input projection: use another factor"
+        )
+    grown = ReDrafter(grown_config)
+    # where an entry of the small model lies in the grown one, by the axis that it belongs to
+    places = {
+        "hidden": list(range(hidden)),
+        "pair": [*range(hidden), *state_columns],
+        "exit": exit_columns,
+    }
+    state = drafter.state_dict()
+    with torch.no_grad():
+        for name, parameter in grown.named_parameters():
+            parameter.zero_()
+            small = state[name]
+            axes = [places.get(axis, list(range(size))) for axis, size in zip(_axes(name), small.shape, strict=True)]
+            parameter[torch.meshgrid(*(torch.tensor(axis) for axis in axes), indexing="ij")] = small
+    for name, buffer in grown.named_buffers():
+        buffer.copy_(state[name])
+    checkpoint.save_drafter(grown, output)
+    if (source / "tokenizer.json").is_file():
+        shutil.copyfile(source / "tokenizer.json", output / "tokenizer.json")
+    return sum(parameter.numel() for parameter in grown.parameters())
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    """Return what the dimensions of a drafter's parameter stand for."""
+    if name.startswith("input_proj"):
+        axes = ("exit", "pair")
+    elif name.startswith("rnn"):
+        axes = ("hidden", "hidden")
+    elif ".linear." in name:
+        axes = ("exit", "exit")
+    else:
+        axes = ("vocabulary", "exit")
+    return axes[:1] if name.endswith("bias") else axes
+
+
+def _check_factor(factor: int) -> None:
+    if factor < 1:
+        raise ValueError(f"factor is {factor}, but a model can only grow: it must be at least 1")
+
+
+def _check_output(source: Path, output: Path) -> None:
+    if output.resolve() == source.resolve():
+        raise ValueError(f"output {str(output)!r} is the source: pass another directory")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {str(output)!r} is a file: pass a directory")
+
+
+def _read_config(source: Path) -> Any:
+    if not (source / "config.json").is_file():
+        raise ValueError(f"no config.json in {str(source)!r}: pass a directory that holds a target")
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in _MODEL_TYPES:
+        raise ValueError(
+            f"{str(source)!r} is a {config.model_type} model, but only {' and '.join(_MODEL_TYPES)} models "
+            "can be grown: pass one of those"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{str(source)!r} is quantised, and zeros may not survive that: pass unquantised weights")
+    return config
+
+
+def _grown_config(config: Any, shape: TargetShape) -> Any:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    asked_for = {
+        "num_hidden_layers": shape.num_layers or 2 * config.num_hidden_layers,
+        "num_attention_heads": shape.num_heads or shape.factor * heads,
+        "num_key_value_heads": shape.num_kv_heads or shape.factor * kv_heads,
+        "intermediate_size": shape.intermediate_size or shape.factor * config.intermediate_size,
+    }
+    grown = copy.deepcopy(config)
+    grown.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    grown.hidden_size = shape.factor * config.hidden_size
+    grown.rms_norm_eps = config.rms_norm_eps / shape.factor
+    for name, size in asked_for.items():
+        present = getattr(config, name)
+        if size < present:
+            raise ValueError(
+                f"{name} is {size}, but the model has {present} and can only grow: ask for {present} or more"
+            )
+        setattr(grown, name, size)
+    if grown.hidden_size % grown.num_attention_heads:
+        raise ValueError(
+            f"{grown.num_attention_heads} heads do not divide the grown hidden size of {grown.hidden_size}, as "
+            "transformers asks for: use another number of heads or another factor"
+        )
+    # query head j reads key-value head j // group: with another group the heads that are there would change theirs
+    if grown.num_attention_heads * kv_heads != grown.num_key_value_heads * heads:
+        raise ValueError(
+            f"{grown.num_attention_heads} heads over {grown.num_key_value_heads} KV heads is not the model's own ratio "
+            f"of {heads} to {kv_heads}: keep {heads // kv_heads} heads per KV head"
+        )
+    return grown
+
+
+def _source_name(name: str, num_layers: int) -> str:
+    """Return the parameter of the small model that a parameter of the grown one is made of."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    return f"{match[1]}{min(int(match[2]), num_layers - 1)}{match[3]}"
+
+
+def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return a tensor of `shape` with `tensor` in its first corner and zeros elsewhere."""
+    padded = tensor.new_zeros(shape)
+    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    return padded

@@ -1,0 +1,142 @@
+"""`demo`: the same text with and without the drafter, how many tokens a step yields, and how much faster it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm_redrafter.cli import color, options, race, table
+from vllm_redrafter.cli.engine import Engine
+from vllm_redrafter.cli.errors import FAILED, CommandError
+from vllm_redrafter.cli.generation import Generation, Prompt, tokens_per_step
+from vllm_redrafter.cli.progress import Progress
+from vllm_redrafter.cli.prompts import read_conversations
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "models"
+MAX_EXAMPLE_PROMPTS = 8
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command."""
+    parser = commands.add_parser(
+        "demo",
+        help="show the same text with and without the drafter, and the speed",
+        description="Streams one text, then runs the target alone, a chain, a tree and the automatic budget in turn.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", metavar="T", help="directory or Hub id (default: the example target)")
+    parser.add_argument("--drafter", metavar="D", help="directory or Hub id (default: the example drafter)")
+    parser.add_argument("--prompts", metavar="FILE", type=Path, help="text, JSONL, MT-Bench or ShareGPT")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=options.positive_int, default=96, help="per answer (default: 96)"
+    )
+    parser.add_argument(
+        "--temperature", metavar="X", type=options.temperature, default=0.0, help="0 is greedy (default); else seeded"
+    )
+    parser.add_argument(
+        "--color", choices=color.CHOICES, default="auto", help="colour of accepted drafts (default: auto)"
+    )
+    parser.add_argument("--json-only", action="store_true", help="print nothing but the line of JSON")
+    options.add_engine(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    target, drafter, prompts = _pair(arguments)
+    progress = Progress(quiet=arguments.json_only)
+    sampling = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
+
+    def warm_up(name: str, engine: Engine) -> None:
+        progress.say(f"warming up: {race.LABELS[name]}")
+        if name != "auto" or arguments.json_only:
+            engine.generate(prompts[:1], sampling)
+            return
+        progress.clear()
+        _stream(engine, prompts[0], sampling, color.select(arguments.color))
+
+    specs = race.specs(target, drafter, arguments.dtype)
+    rounds = race.run(specs, prompts, sampling, warm_up, progress, verbose=arguments.verbose)
+    progress.clear()
+    _refuse_errors(rounds["baseline"][0])
+    summary = summarise(rounds)
+    if not arguments.json_only:
+        print(_render(rounds))
+        print(f"outputs identical: {'yes' if summary['identical'] else 'NO'}")
+    print(json.dumps(summary))
+    return 0 if summary["identical"] else FAILED
+
+
+def summarise(rounds: dict[str, list[Generation]]) -> dict[str, Any]:
+    """Return the figures of the last line: medians over rounds, and whether every output equals the baseline's."""
+    speed = {name: _tokens_per_second(generations) for name, generations in rounds.items()}
+    return {
+        "identical": all(_is_identical(rounds, name) for name in rounds),
+        "speedup": round(speed["auto"] / speed["baseline"], 3),
+        "mean_acceptance_length": round(_mean_acceptance_length(rounds["auto"]), 3),
+        "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
+    }
+
+
+def _pair(arguments: argparse.Namespace) -> tuple[str, str, list[Prompt]]:
+    if (arguments.target is None) != (arguments.drafter is None):
+        raise CommandError("a drafter fits one target only: pass --target and --drafter together, or neither")
+    target = arguments.target or str(EXAMPLES / "target")
+    drafter = arguments.drafter or str(EXAMPLES / "drafter")
+    if arguments.target is None and not (EXAMPLES / "target").is_dir():
+        raise CommandError(f"no example pair at {EXAMPLES}: run this in a checkout, or pass --target and --drafter")
+    options.check_model("--target", target)
+    options.check_model("--drafter", drafter)
+    conversations = read_conversations(arguments.prompts or EXAMPLES / "prompts.txt")
+    if arguments.prompts is None:
+        conversations = conversations[:MAX_EXAMPLE_PROMPTS]
+    seeds = range(len(conversations)) if arguments.temperature > 0 else [None] * len(conversations)
+    prompts = [Prompt(item.turns[0], seed=seed) for item, seed in zip(conversations, seeds, strict=True)]
+    return target, drafter, prompts
+
+
+def _stream(engine: Engine, prompt: Prompt, sampling: dict[str, Any], style: color.Style) -> None:
+    def show(text: str, drafted: bool) -> None:
+        print(style.paint(text, style.drafted) if drafted and text else text, end="", flush=True)
+
+    print(style.paint(prompt.text or "", style.prompt), end="", flush=True)
+    engine.generate([prompt], sampling, on_piece=show)
+    if style.drafted:
+        drafted = style.paint("this colour", style.drafted)
+        print(f"\n\n({drafted}: drafted and accepted; the rest: the target's own choice)\n")
+    else:
+        print("\n")
+
+
+def _refuse_errors(generation: Generation) -> None:
+    for number, answer in enumerate(generation.answers, start=1):
+        if answer.error is not None:
+            raise CommandError(f"prompt {number}: {answer.error}")
+
+
+def _tokens_per_second(generations: list[Generation]) -> float:
+    return median(generation.num_tokens / generation.seconds for generation in generations)
+
+
+def _mean_acceptance_length(generations: list[Generation]) -> float:
+    # an answer of one token comes from the prompt's step alone
+    return tokens_per_step(answer for generation in generations for answer in generation.answers) or 1.0
+
+
+def _is_identical(rounds: dict[str, list[Generation]], name: str) -> bool:
+    expected = [answer.token_ids for answer in rounds["baseline"][0].answers]
+    return all([answer.token_ids for answer in generation.answers] == expected for generation in rounds[name])
+
+
+def _render(rounds: dict[str, list[Generation]]) -> str:
+    baseline = _tokens_per_second(rounds["baseline"])
+    rows = []
+    for name, generations in rounds.items():
+        speed = _tokens_per_second(generations)
+        output = "identical" if _is_identical(rounds, name) else "DIFFERENT"
+        length = table.number(_mean_acceptance_length(generations))
+        rows.append((race.LABELS[name], table.number(speed, 1), length, table.number(speed / baseline, 2, "x"), output))
+    return table.render(("", "tokens/s", "tokens per step", "speed-up", "output"), rows)

@@ -1,0 +1,80 @@
+"""Four engines that generate the same prompts in turn, so that what else the machine does falls on all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_redrafter.cli.engine import Engine, EngineSpec
+from vllm_redrafter.cli.generation import Generation, Prompt, merge
+from vllm_redrafter.cli.options import speculative_config
+from vllm_redrafter.cli.progress import Progress
+
+LABELS = {"baseline": "baseline", "chain": "chain of 4", "tree": "tree of 8", "auto": "automatic budget"}
+NUM_ROUNDS = 3
+BYTES_PER_ENGINE = 5 * 2**29
+"""An engine without its weights: libraries 1 GiB, KV cache 1 GiB, room."""
+
+
+def specs(target: str, drafter: str, dtype: str) -> dict[str, EngineSpec]:
+    """Return the target alone, a chain, a tree, and the budget that the plugin picks by itself."""
+    configs = {
+        "baseline": None,
+        "chain": speculative_config(drafter, num_speculative_tokens=4, beam_width=1, draft_length=4, budget="fixed"),
+        "tree": speculative_config(drafter, num_speculative_tokens=8, budget="fixed"),
+        "auto": speculative_config(drafter, num_speculative_tokens=8, budget="auto"),
+    }
+    return {name: EngineSpec(target, config, dtype, enable_chunked_prefill=False) for name, config in configs.items()}
+
+
+def run(
+    specs: Mapping[str, EngineSpec],
+    prompts: Sequence[Prompt],
+    sampling: dict[str, Any],
+    warm_up: Callable[[str, Engine], None],
+    progress: Progress,
+    *,
+    verbose: bool = False,
+) -> dict[str, list[Generation]]:
+    """Return each engine's generations, one per round; a prompt runs alone and one engine works at a time.
+
+    All engines stay up and the rounds alternate between them; where memory is short they run one after another.
+    """
+    rounds: dict[str, list[Generation]] = {name: [] for name in specs}
+    groups = _groups(specs)
+    for group in groups:
+        with contextlib.ExitStack() as stack:
+            engines = {}
+            # One by one, because the automatic budget measures the machine while its engine starts; it comes first, so
+            # that there is something to read while the others start.
+            for name in reversed(group):
+                progress.say(f"starting an engine: {LABELS[name]}")
+                engines[name] = stack.enter_context(Engine(specs[name], verbose=verbose))
+                engines[name].wait_ready()
+                warm_up(name, engines[name])
+            turns = [(engines[name], rounds[name]) for _ in range(NUM_ROUNDS) for name in group]
+            for number, (engine, generations) in enumerate(turns):
+                progress.count("measuring", number, len(turns))
+                generations.append(merge([engine.generate([prompt], sampling) for prompt in prompts]))
+    return rounds
+
+
+def _groups(specs: Mapping[str, EngineSpec]) -> list[list[str]]:
+    """Return which engines are up together."""
+    needed = sum(_needed_bytes(spec.target) for spec in specs.values())
+    return [list(specs)] if needed <= _available_bytes() else [[name] for name in specs]
+
+
+def _needed_bytes(target: str) -> int:
+    weights = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))
+    # 16-bit weights may be held in 32
+    return BYTES_PER_ENGINE + 2 * weights
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
