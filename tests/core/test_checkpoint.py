@@ -163,6 +163,15 @@ def test_a_failed_save_keeps_the_former_drafter_whole(saved: Path, monkeypatch: 
     assert_same(checkpoint.load_drafter(saved), make_drafter())
 
 
+def test_who_has_the_former_files_open_keeps_reading_them_whole(saved: Path) -> None:
+    names = ("config.json", "model.safetensors")
+    before = [(saved / name).read_bytes() for name in names]
+    with (saved / names[0]).open("rb") as config, (saved / names[1]).open("rb") as weights:
+        checkpoint.save_drafter(make_drafter(beam_width=2, num_draft_layers=1), saved)
+        assert [config.read(), weights.read()] == before
+    assert [(saved / name).read_bytes() for name in names] != before
+
+
 def test_a_drafter_can_be_saved_over_the_one_it_was_loaded_from(saved: Path) -> None:
     checkpoint.save_drafter(checkpoint.load_drafter(saved), saved)
     assert_same(checkpoint.load_drafter(saved), make_drafter())

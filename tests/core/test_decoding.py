@@ -208,7 +208,7 @@ def test_every_step_accepts_what_the_equations_in_loops_say(width: int, length: 
             )
             found = naive.beam_search(log_probs, width, length, num_nodes if width > 1 else 1)
             nodes = naive.layout({k: v for depth in found.candidates for k, v in depth.items()}, num_nodes)
-            emitted = naive.accept(nodes, lambda prefix, root=root: text[root + 1 + len(prefix)])
+            emitted = naive.accept(nodes, lambda prefix, rest=text[root + 1 :]: rest[len(prefix)])
             paths.append([1 + nodes.index(emitted[:i]) for i in range(1, len(emitted))])
             root += len(emitted)
         assert generation.paths == paths

@@ -40,7 +40,7 @@ class Segment(NamedTuple):
     seq_len: int
     """Context, path and all: what the last row sees, itself included."""
     path_rows: tuple[int, ...]
-    """Rows whose keys and values must stand at the path's slots before the kernel runs, nearest to the root first."""
+    """Rows whose keys and values must stand at the path's slots before the kernel runs, the root's side first."""
     path_slots: tuple[int, ...]
     """For each of them the row whose slot, in the scheduler's linear mapping, is the one of its depth."""
 
@@ -64,7 +64,7 @@ class TreeAttentionMetadata(CPUAttentionMetadata):
     """Keys and values of `branch_rows`, each [rows, kv_heads, head_size], by layer name."""
 
 
-class TreeAttentionBackend(CPUAttentionBackend):  # type: ignore[misc]
+class TreeAttentionBackend(CPUAttentionBackend):
     """vLLM's CPU attention with trees; registered in its place by our worker."""
 
     @staticmethod
@@ -73,7 +73,7 @@ class TreeAttentionBackend(CPUAttentionBackend):  # type: ignore[misc]
         return TreeAttentionImpl
 
 
-class TreeAttentionImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
+class TreeAttentionImpl(CPUAttentionBackendImpl):
     """The stock kernel, called once per round for a batch with branching trees and as always for any other."""
 
     def forward(
@@ -124,7 +124,8 @@ def add_rounds(
         _plan_round(metadata, builder, [segments[index] for segments in requests if index < len(segments)])
         for index in range(num_rounds - 1, -1, -1)
     ]
-    branch_rows = [row for segments in requests for segment in segments[1:] for row in range(segment.start, segment.end)]
+    branches = [segment for segments in requests for segment in segments[1:]]
+    branch_rows = [row for segment in branches for row in range(segment.start, segment.end)]
     stock = {stock_field.name: getattr(metadata, stock_field.name) for stock_field in fields(metadata)}
     return TreeAttentionMetadata(**stock, rounds=rounds, branch_rows=torch.tensor(branch_rows))
 

@@ -186,8 +186,7 @@ class Budget:
             load.next_pause = 1
         steps = np.diff(seconds[max(count - 1, 0) : count + 2])
         load.marginal_probability = float(speeds[count] * max(steps.max(initial=0.0), 0.0))
-        shares = np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
-        return shares
+        return np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
 
     def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
         """Learn from one request's verified nodes."""

@@ -1,4 +1,4 @@
-"""From `--speculative-config '{"method": "redrafter", ...}'` to what vLLM understands, with everything checked first."""
+"""From `--speculative-config '{"method": "redrafter", ...}'` to what vLLM understands, everything checked first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TESTED_VLLM = (Version("0.32.0"), Version("0.33"))
 
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("platforms other than CPU", "tree attention runs on vLLM's CPU kernels only so far"),
-    ("pipeline parallelism", "only the last stage learns the accepted path, so the others cannot keep its keys and values"),
+    ("pipeline parallelism", "only the last stage learns the accepted path, so the others cannot keep its KV rows"),
     ("decode context parallelism", "the keys and values of a path are spread over ranks"),
     ("MLA (DeepSeek-like) targets", "their latent KV cache has another layout and kernel"),
     ("Mamba, linear-attention and hybrid targets", "their state cannot be rolled back to a branch of a tree"),
@@ -70,11 +70,12 @@ class ReDrafterOptions:
 _KEYS = ("method", "model", "revision", "num_speculative_tokens", "beam_width", "draft_length", "beam_length", "budget")
 
 
-def translate(engine_args: Any, target: Any, parallel: Any) -> None:
-    """Rewrite the speculative config of `engine_args` in place so that vLLM loads our proposer and worker.
+def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
+    """Return the speculative config with which vLLM loads our proposer, and arrange for our worker.
 
     Args:
-        engine_args: vLLM's `EngineArgs`, whose `speculative_config` names the method `redrafter`.
+        engine_args: vLLM's `EngineArgs`, whose `speculative_config` names the method `redrafter`; our options go into
+            its `additional_config`, which reaches every process.
         target: the target's `ModelConfig`.
         parallel: its `ParallelConfig`; the worker class is set there.
 
@@ -88,13 +89,13 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> None:
     _refuse_unsupported(engine_args, target, parallel)
     options = read_options(request, target)
 
-    engine_args.speculative_config = {
+    engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: asdict(options)}
+    parallel.worker_cls = WORKER_PATH
+    return {
         "method": "custom_class",
         "model": patches.PROPOSER_PATH,
         "num_speculative_tokens": options.num_speculative_tokens,
     }
-    engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: asdict(options)}
-    parallel.worker_cls = WORKER_PATH
 
 
 def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:

@@ -48,11 +48,16 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         requested = self.speculative_config
-        if self.spec_method is None and isinstance(requested, dict) and requested.get("method") == "redrafter":
-            from vllm_redrafter.adapter.config import translate
+        if not isinstance(requested, dict) or requested.get("method") != "redrafter":
+            return original(self, target_model_config, target_parallel_config)
+        from vllm_redrafter.adapter.config import translate
 
-            translate(self, target_model_config, target_parallel_config)
-        return original(self, target_model_config, target_parallel_config)
+        self.speculative_config = translate(self, target_model_config, target_parallel_config)
+        try:
+            return original(self, target_model_config, target_parallel_config)
+        finally:
+            # the same arguments may make another engine
+            self.speculative_config = requested
 
     return create_speculative_config
 
@@ -74,7 +79,7 @@ PATCHES = (
         "EngineArgs",
         "create_speculative_config",
         _wrap_create_speculative_config,
-        why='turns {"method": "redrafter"} into a custom_class proposer with our worker: method names are a closed list',
+        why='turns {"method": "redrafter"} into a custom_class proposer and our worker: method names are a closed list',
         remove_when="vLLM has a registry of proposers (vllm-project/vllm#36219)",
     ),
     Patch(
@@ -89,7 +94,11 @@ PATCHES = (
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 CONTRACTS = (
-    Contract("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("target_model_config", "target_parallel_config")),
+    Contract(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+    ),
     Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
     Contract(_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
     Contract(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
@@ -169,7 +178,8 @@ def _check(contract: Contract) -> ContractCheck:
     found = tuple(parameter for parameter in inspect.signature(function).parameters if parameter != "self")
     expected = contract.parameters
     if found[: len(expected)] != expected:
-        return ContractCheck(name, False, f"takes ({', '.join(found)}), but ({', '.join(expected)}, ...) is what we know")
+        reason = f"takes ({', '.join(found)}), but ({', '.join(expected)}, ...) is what we know"
+        return ContractCheck(name, False, reason)
     return ContractCheck(name, True, "as known")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make `"method": "redrafter"` known to vLLM; a vLLM that is not asked for it behaves as if this were not installed.
+    """Make `"method": "redrafter"` known to vLLM; where nobody asks for it, nothing changes.
 
     Never raises: an exception here would stop every vLLM on the machine. What is wrong is said when the drafter is
     asked for, or by `vllm-redrafter doctor`.

@@ -34,7 +34,7 @@ from vllm_redrafter.core.acceptance import Walk
 from vllm_redrafter.core.beam_search import Candidates
 
 
-class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
+class TreeModelRunner(CPUModelRunner):
     """Schedules, verifies and proposes token trees as vLLM does draft chains: N nodes are N draft tokens."""
 
     drafter: ReDrafterProposer
@@ -97,8 +97,8 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
         self._batch = tree_batch.assemble(
             self._proposed, self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._query_ends
         )
-        # a tree is good for one step: a preempted or finished request must not find an old one
-        self._proposed = {}
+        for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
+            self._proposed.pop(request, None)
         for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
             rows = slice(root_row + 1, root_row + len(tree.depths))
             if self._batch.num_branching and rows.start < rows.stop:
@@ -163,17 +163,20 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
         stats.num_truncated_trees += batch.num_truncated
         stats.num_chain_fallbacks += batch.num_replaced
         stats.num_branching_trees += batch.num_branching
-        for index, (tree, nodes, depth) in enumerate(
-            zip(batch.trees, walk.nodes.tolist(), walk.num_accepted.tolist(), strict=True)
+        columns = (walk.token_ids, walk.nodes, walk.num_accepted)
+        for index, (tree, tokens, nodes, depth) in enumerate(
+            zip(batch.trees, *(column.tolist() for column in columns), strict=True)
         ):
-            if index in discarded:
+            request = self.requests[self.input_batch.req_ids[index]]
+            # the first token comes with the prompt: there was nothing to speculate on
+            if index in discarded or not request.output_token_ids:
                 continue
-            stats.count_accepted(len(tree.token_ids), depth, nodes[depth] == depth)
+            emitted = num_emitted(tokens[: depth + 1], len(request.output_token_ids), request.sampling_params)
+            stats.count_accepted(len(tree.token_ids), depth, emitted, nodes[depth] == depth)
             if self._budget is not None and tree.scores:
-                accepted = np.zeros(1 + len(tree.scores), dtype=np.bool_)
+                accepted = np.zeros(len(tree.parents), dtype=np.bool_)
                 accepted[nodes[: depth + 1]] = True
-                parameters = self.requests[self.input_batch.req_ids[index]].sampling_params
-                self._budget.observe_acceptance(np.array(tree.scores), accepted[1:], is_greedy(parameters))
+                self._budget.observe_acceptance(np.array(tree.scores), accepted[1:], is_greedy(request.sampling_params))
 
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
@@ -247,6 +250,13 @@ class TreeModelRunner(CPUModelRunner):  # type: ignore[misc]
 def is_greedy(parameters: Any) -> bool:
     """Return whether a request's tokens are the target's best ones."""
     return bool(parameters.sampling_type == SamplingType.GREEDY)
+
+
+def num_emitted(tokens: list[int], num_output_tokens: int, parameters: Any) -> int:
+    """Return how many of a step's tokens the request will keep, stop strings aside, which are matched elsewhere."""
+    ends = [index + 1 for index, token in enumerate(tokens) if token in parameters.all_stop_token_ids]
+    room = len(tokens) if parameters.max_tokens is None else parameters.max_tokens - num_output_tokens
+    return min(len(tokens), room, *ends)
 
 
 def _from_first_rank(decision: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ class Stats:
     """Counters since the worker started; vLLM's own count a tree's nodes as if they were a chain's positions."""
 
     num_steps: int = 0
-    """Verifications, summed over requests: a request that emits tokens in a step counts one."""
+    """Steps of decoding, summed over requests; the one that ends a prompt is not counted."""
     num_emitted_tokens: int = 0
     """Tokens emitted by those; over `num_steps` this is the mean acceptance length."""
     num_drafts: int = 0
@@ -43,10 +43,10 @@ class Stats:
     """Time of tree bookkeeping: batch assembly, attention rounds, budget, lists for the scheduler."""
     num_engine_steps: int = 0
 
-    def count_accepted(self, num_nodes: int, depth: int, on_first_path: bool) -> None:
+    def count_accepted(self, num_nodes: int, depth: int, num_emitted: int, on_first_path: bool) -> None:
         """Count one request's verification of `num_nodes` drafts, of which a path of `depth` was accepted."""
         self.num_steps += 1
-        self.num_emitted_tokens += depth + 1
+        self.num_emitted_tokens += num_emitted
         if num_nodes == 0:
             return
         self.num_drafts += 1

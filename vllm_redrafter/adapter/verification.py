@@ -84,11 +84,8 @@ class _SamplerDraw:
         node_list: list[int] = nodes.tolist()
         if self.last_nodes is not None:
             self._append_accepted(node_list)
-        metadata = replace(
-            self.metadata,
-            generators={index: generator for index, generator in self.metadata.generators.items() if index in self.alive},
-            spec_token_ids=[[] for _ in node_list],
-        )
+        generators = {index: each for index, each in self.metadata.generators.items() if index in self.alive}
+        metadata = replace(self.metadata, generators=generators, spec_token_ids=[[] for _ in node_list])
         # the sampler works in place on fp32 logits: it gets rows of its own
         output = self.sampler(self.logits[self.first_rows + nodes], metadata)
         if output.logprobs_tensors is not None:

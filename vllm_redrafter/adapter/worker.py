@@ -11,7 +11,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_redrafter.adapter.runner import TreeModelRunner
 
 
-class ReDrafterCPUWorker(CPUWorker):  # type: ignore[misc]
+class ReDrafterCPUWorker(CPUWorker):
     """A CPU worker that verifies token trees."""
 
     def init_device(self) -> None:

@@ -193,9 +193,7 @@ def _grown_config(config: Any, shape: TargetShape) -> Any:
     for name, size in asked_for.items():
         present = getattr(config, name)
         if size < present:
-            raise ValueError(
-                f"{name} is {size}, but the model has {present} and can only grow: ask for {present} or more"
-            )
+            raise ValueError(f"{name} is {size}, but the model has {present} and can only grow: ask for more")
         setattr(grown, name, size)
     if grown.hidden_size % grown.num_attention_heads:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from typing import Any
@@ -26,8 +27,10 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     print("importing torch and vLLM, which takes a while", file=sys.stderr)
-    findings = environment.examine()
-    unsupported = environment.unsupported()
+    # vLLM logs to what stdout is when it is imported
+    with contextlib.redirect_stdout(sys.stderr):
+        findings = environment.examine()
+        unsupported = environment.unsupported()
     print(table.render(("check", "", "found"), [finding[:3] for finding in findings], left=3))
     remedies = [(finding.name, finding.remedy) for finding in findings if finding.remedy]
     if remedies:

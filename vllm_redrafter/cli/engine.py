@@ -50,7 +50,11 @@ class EngineSpec:
 
 
 class Engine:
-    """A running engine; use it as a context manager so that its processes end with it."""
+    """An engine: a context manager that starts it, waits until it takes prompts, and ends it with all its processes.
+
+    Raises:
+        CommandError: on entering, the engine ended instead; the message carries its reason and the path of its log.
+    """
 
     def __init__(self, spec: EngineSpec, *, verbose: bool = False) -> None:
         self._verbose = verbose
@@ -61,45 +65,16 @@ class Engine:
         self._died = False
 
     def __enter__(self) -> Engine:
-        self.spawn()
+        self._spawn()
+        try:
+            self._receive()
+        except BaseException:
+            self._close(at_once=True)
+            raise
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *rest: object) -> None:
-        self.close(at_once=exception_type is not None)
-
-    def spawn(self) -> None:
-        """Start the child process; `wait_ready` says when it can be used."""
-        if self._verbose:
-            log = os.dup(2)
-        else:
-            log, name = tempfile.mkstemp(prefix="vllm-redrafter-", suffix=".log")
-            self._log = Path(name)
-        environment = {**_DEFAULT_ENVIRONMENT, **os.environ}
-        environment.setdefault("VLLM_LOGGING_LEVEL", "INFO" if self._verbose else "ERROR")
-        events, child_events = os.pipe()
-        self._process = subprocess.Popen(
-            [*CHILD_COMMAND, str(child_events)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[child_events],
-            env=environment,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
-        os.close(child_events)
-        os.close(log)
-        self._events = os.fdopen(events, encoding="utf-8")
-        self._send(asdict(self._spec))
-
-    def wait_ready(self) -> None:
-        """Return when the engine takes prompts.
-
-        Raises:
-            CommandError: it ended instead; the message carries its reason and the path of its log.
-        """
-        self._receive()
+        self._close(at_once=exception_type is not None)
 
     def generate(
         self,
@@ -146,7 +121,32 @@ class Engine:
         texts: list[str] = self._receive()["texts"]
         return texts
 
-    def close(self, *, at_once: bool = False) -> None:
+    def _spawn(self) -> None:
+        if self._verbose:
+            log = os.dup(2)
+        else:
+            log, name = tempfile.mkstemp(prefix="vllm-redrafter-", suffix=".log")
+            self._log = Path(name)
+        environment = {**_DEFAULT_ENVIRONMENT, **os.environ}
+        environment.setdefault("VLLM_LOGGING_LEVEL", "INFO" if self._verbose else "ERROR")
+        events, child_events = os.pipe()
+        self._process = subprocess.Popen(
+            [*CHILD_COMMAND, str(child_events)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[child_events],
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        os.close(child_events)
+        os.close(log)
+        self._events = os.fdopen(events, encoding="utf-8")
+        self._send(asdict(self._spec))
+
+    def _close(self, *, at_once: bool) -> None:
         """End the engine and everything it started; its log is kept where it died by itself."""
         process, events = self._process, self._events
         if process is None or process.stdin is None or events is None:

@@ -59,14 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
     }
     progress = Progress()
     method = "baseline" if arguments.baseline else "redrafter"
-    with AnswerWriter(arguments.output, method) as writer, Engine(spec, verbose=arguments.verbose) as engine:
+    with AnswerWriter(arguments.output, method) as writer:
         progress.say(f"starting the engine for {arguments.target}")
-        engine.wait_ready()
-        progress.clear()
-        if arguments.interactive:
-            generation = chat.converse(engine, sampling, writer, raw=arguments.raw)
-        else:
-            generation = answer_all(engine, conversations, sampling, writer, progress, raw=arguments.raw)
+        with Engine(spec, verbose=arguments.verbose) as engine:
+            progress.clear()
+            if arguments.interactive:
+                generation = chat.converse(engine, sampling, writer, raw=arguments.raw)
+            else:
+                generation = answer_all(engine, conversations, sampling, writer, progress, raw=arguments.raw)
     progress.clear()
     print(json.dumps(_summary(generation, method, arguments.output)))
     errors = [answer.error for answer in generation.answers if answer.error is not None]

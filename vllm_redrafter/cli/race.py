@@ -52,7 +52,6 @@ def run(
             for name in reversed(group):
                 progress.say(f"starting an engine: {LABELS[name]}")
                 engines[name] = stack.enter_context(Engine(specs[name], verbose=verbose))
-                engines[name].wait_ready()
                 warm_up(name, engines[name])
             turns = [(engines[name], rounds[name]) for _ in range(NUM_ROUNDS) for name in group]
             for number, (engine, generations) in enumerate(turns):

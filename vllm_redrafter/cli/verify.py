@@ -120,7 +120,6 @@ def _read_prompts(path: Path | None) -> list[Prompt]:
 def _run_checks(
     engine: Engine, prompts: list[Prompt], max_tokens: int, label: str, progress: Progress
 ) -> list[Generation]:
-    engine.wait_ready()
     generations = []
     for number, check in enumerate(CHECKS):
         progress.count(f"{label}: {check.name}", number, len(CHECKS))

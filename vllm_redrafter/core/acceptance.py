@@ -23,7 +23,7 @@ class Walk(NamedTuple):
     """What a verification yields per row: the accepted drafts and one token more."""
 
     token_ids: torch.Tensor  # [batch, 1 + max depth]: accepted tokens, then the bonus token, then -1
-    nodes: torch.Tensor  # [batch, 1 + max depth]: root, then the accepted nodes, then -1; logits of token i are nodes[i]'s
+    nodes: torch.Tensor  # [batch, 1 + max depth]: root, accepted nodes, then -1; token i was drawn at nodes[i]
     num_accepted: torch.Tensor  # [batch]: drafts accepted, the bonus token not counted
 
 

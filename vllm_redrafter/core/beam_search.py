@@ -1,4 +1,4 @@
-"""Batched beam search with the drafter (arXiv 2403.09919, section 3.2): deterministic, fp32 scores, no (W, T, V) tensor.
+"""Batched beam search with the drafter (arXiv 2403.09919, section 3.2): deterministic, fp32, no (W, T, V) tensor.
 
 Besides the surviving beams it hands back every candidate that it scored well on the way: the token tree picks its nodes
 from those, so a continuation that lost its place among the beams can still be verified.
@@ -64,7 +64,7 @@ def search(
     scores = torch.zeros(batch_size, 1, device=hidden.device)  # [batch, beams]
     beam_ids = torch.full((batch_size, 1), -1, device=hidden.device)  # candidate index of every beam
     depths: list[Candidates] = []
-    for depth in range(shape.length):
+    for _ in range(shape.length):
         state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
         log_probs = drafter.log_probs(state)  # [batch, beams, head]
         head_size = log_probs.shape[-1]

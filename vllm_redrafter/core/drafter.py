@@ -87,10 +87,14 @@ class ReDrafter(nn.Module):
         """
         size = self.config.draft_vocab_size
         if size is None or target_ids.shape != (size,):
-            raise ValueError(f"a draft vocabulary of shape {tuple(target_ids.shape)} was given, but {size} ids are needed")
-        if int(target_ids[0]) < 0 or int(target_ids[-1]) >= self.config.vocab_size or bool((target_ids.diff() < 1).any()):
+            raise ValueError(
+                f"a draft vocabulary of shape {tuple(target_ids.shape)} was given, but {size} ids are needed"
+            )
+        first, last = int(target_ids[0]), int(target_ids[-1])
+        if first < 0 or last >= self.config.vocab_size or bool((target_ids.diff() < 1).any()):
             raise ValueError(f"draft vocabulary ids must be ascending and below vocab_size ({self.config.vocab_size})")
-        assert self.d2t is not None and self.t2d is not None
+        assert self.d2t is not None
+        assert self.t2d is not None
         self.d2t.copy_(target_ids - torch.arange(size, device=target_ids.device))
         self.t2d.zero_()
         self.t2d[target_ids] = True

@@ -59,7 +59,7 @@ def merge(beams: torch.Tensor, log_probs: torch.Tensor) -> Candidates:
         beams: [batch, width, length], the init token not included.
         log_probs: [batch, width, length], cumulative.
     """
-    batch_size, width, length = beams.shape
+    _, width, length = beams.shape
     same_token = beams[:, :, None] == beams[:, None]  # [batch, width, width, length]
     same_prefix = same_token.cumprod(dim=-1).bool()
     owner = same_prefix.int().argmax(dim=2)  # [batch, width, length]: the first beam with that prefix
@@ -68,9 +68,7 @@ def merge(beams: torch.Tensor, log_probs: torch.Tensor) -> Candidates:
     columns = torch.arange(length, device=beams.device)[:, None] * width + owner.transpose(1, 2)
     parents = torch.cat((torch.full_like(columns[:, :1], -1), columns[:, :-1]), dim=1)
     scores = log_probs.masked_fill(~is_owner, float("-inf"))
-    return Candidates(
-        beams.transpose(1, 2).flatten(1), parents.flatten(1), scores.float().transpose(1, 2).flatten(1)
-    )
+    return Candidates(beams.transpose(1, 2).flatten(1), parents.flatten(1), scores.float().transpose(1, 2).flatten(1))
 
 
 def chain(token_ids: torch.Tensor) -> TokenTree:
@@ -105,7 +103,7 @@ def _depth_first(
     batch_size, count = token_ids.shape
     device = token_ids.device
     rows = torch.arange(batch_size, device=device)
-    lineage = torch.zeros(batch_size, count, count, dtype=torch.bool, device=device)  # [b, i, j]: j above i, or i itself
+    lineage = torch.zeros(batch_size, count, count, dtype=torch.bool, device=device)  # [b, i, j]: j above i, or i
     for node in range(count):
         parent = parents[:, node]
         lineage[:, node] = lineage[rows, parent.clamp(min=0)] & (parent >= 0)[:, None]

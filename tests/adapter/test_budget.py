@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_redrafter.adapter import budget as budget_module
+from vllm_redrafter.adapter.budget import Budget, Calibration, Floats, StepRecord, StepTimes
+
+FREE = StepTimes(np.array([1.0, 256.0]), np.array([1.0, 1.0]))
+"""A pass takes as long whatever its rows: every node pays."""
+PER_ROW = StepTimes(np.array([1.0, 256.0]), np.array([1.0, 256.0]))
+"""A row costs as much as the first one: no node that may be rejected pays."""
+TYPICAL = StepTimes(np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([10.0, 10.5, 12.0, 16.0, 26.0]))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_log_probs(rng: np.random.Generator, batch_size: int, num_candidates: int) -> Floats:
+    """Return cumulative log-probabilities, descending in every row; -inf where a row has fewer candidates."""
+    log_probs = -rng.exponential(scale=rng.uniform(0.1, 1.0, size=(batch_size, 1)), size=(batch_size, num_candidates))
+    log_probs = log_probs.cumsum(axis=1)
+    for row, size in enumerate(rng.integers(num_candidates + 1, size=batch_size)):
+        log_probs[row, size:] = -math.inf
+    return log_probs
+
+
+def random_times(rng: np.random.Generator) -> StepTimes:
+    """Return times with jumps, as kernels that work on tiles of rows have them."""
+    rows = np.sort(rng.choice(np.arange(1, 40), size=8, replace=False)).astype(np.float64)
+    return StepTimes(rows, 5.0 + rng.exponential(size=8).cumsum() * rng.integers(0, 2, size=8))
+
+
+def plain_step(seconds: float, batch_size: int = 1) -> StepRecord:
+    return StepRecord(batch_size, 0, seconds, None, seconds)
+
+
+# StepTimes
+
+
+def test_times_between_measurements_are_interpolated_and_behind_them_the_last_slope_goes_on() -> None:
+    times = StepTimes(np.array([1.0, 4.0, 8.0]), np.array([2.0, 5.0, 7.0]))
+
+    assert times.at(np.array([1.0, 2.0, 4.0, 6.0, 8.0])).tolist() == [2.0, 3.0, 5.0, 6.0, 7.0]
+    assert times.at(np.array([10.0, 18.0])).tolist() == [8.0, 12.0]
+    assert times.at(np.array(0.5)) == 2.0
+
+
+def test_times_behind_a_falling_or_a_single_measurement_stay_where_they_are() -> None:
+    assert StepTimes(np.array([1.0, 2.0]), np.array([2.0, 1.5])).at(np.array([9.0])).tolist() == [1.5]
+    assert StepTimes(np.array([1.0]), np.array([2.0])).at(np.array([1.0, 9.0])).tolist() == [2.0, 2.0]
+
+
+# Calibration
+
+
+@pytest.mark.parametrize("truth", [lambda p: p**2, lambda p: p**0.5, lambda p: 0.6 * p], ids=["over", "under", "flat"])
+def test_an_over_or_underconfident_drafter_is_seen_through(truth: object) -> None:
+    rng = np.random.default_rng(0)
+    calibration = Calibration()
+    probed = np.log(np.array([0.05, 0.2, 0.5, 0.9]))
+    assert np.allclose(calibration.probability(probed), np.exp(probed), rtol=0.02), "at first its word is taken"
+
+    for _ in range(400):
+        log_probs = np.log(rng.uniform(0.01, 1.0, size=100))
+        calibration.observe(log_probs, rng.random(100) < truth(np.exp(log_probs)))  # type: ignore[operator]
+
+    # bins are a quarter of a nat wide, so the curve is not met exactly
+    assert np.allclose(calibration.probability(probed), truth(np.exp(probed)), atol=0.06)  # type: ignore[operator]
+
+
+def test_what_the_drafter_does_now_outweighs_what_it_did_long_ago() -> None:
+    rng = np.random.default_rng(0)
+    calibration = Calibration()
+    log_probs = np.full(100, math.log(0.5))
+    for rate in (0.9, 0.1):
+        for _ in range(300):
+            calibration.observe(log_probs, rng.random(100) < rate)
+
+    assert calibration.probability(np.array([math.log(0.5)]))[0] < 0.15
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_a_more_probable_node_is_never_thought_a_worse_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    calibration = Calibration()
+    for _ in range(20):
+        log_probs = -rng.exponential(2.0, size=50)
+        calibration.observe(log_probs, rng.random(50) < rng.random())
+    rates = calibration.probability(np.linspace(-12.0, 0.0, 500))
+
+    assert (np.diff(rates) >= 0).all()
+    assert (rates > 0).all()
+    assert (rates <= 1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.floats(0.0, 1.1))
+def test_below_the_log_probability_of_a_rate_no_node_is_accepted_that_often(seed: int, rate: float) -> None:
+    rng = np.random.default_rng(seed)
+    calibration = Calibration()
+    calibration.observe(-rng.exponential(2.0, size=500), rng.random(500) < 0.5)
+
+    bound = calibration.log_prob_of(rate)
+
+    below = np.linspace(-12.0, max(bound, -12.0), 200)
+    assert bound == -math.inf or (calibration.probability(below) < rate).all()
+
+
+# Budget.choose
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, st.integers(1, 3), st.integers(1, 5))
+def test_the_choice_yields_the_most_tokens_per_second_of_all_choices(seed: int, batch_size: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    times = random_times(rng)
+    budget = Budget(times, most)
+    log_probs = random_log_probs(rng, batch_size, most + 1)
+    chances = Calibration().probability(log_probs) * np.isfinite(log_probs)
+
+    def speed(shares: tuple[int, ...]) -> float:
+        tokens = batch_size + sum(chances[row, :share].sum() for row, share in enumerate(shares))
+        return float(tokens / times.at(np.array(float(batch_size + sum(shares)))))
+
+    chosen = budget.choose(log_probs, [False] * batch_size)
+
+    sizes = np.isfinite(log_probs[:, :most]).sum(axis=1)
+    assert (chosen <= sizes).all()
+    best = max(speed(shares) for shares in itertools.product(*(range(size + 1) for size in sizes)))
+    assert speed(tuple(chosen.tolist())) == pytest.approx(best, rel=1e-12)
+
+
+def test_rows_that_cost_nothing_are_all_used_and_rows_that_cost_a_step_are_not() -> None:
+    log_probs = np.log(np.array([[0.9, 0.5, 0.2, 0.01], [0.4, 0.1, 0.05, 0.001]]))
+
+    assert Budget(FREE, 63).choose(log_probs, [True, True]).tolist() == [4, 4]
+    assert Budget(PER_ROW, 63).choose(log_probs, [True, True]).tolist() == [0, 0]
+
+
+def test_no_request_gets_more_nodes_than_the_user_allows() -> None:
+    assert Budget(FREE, 2).choose(np.log(np.full((3, 5), 0.5)), [True] * 3).tolist() == [2, 2, 2]
+
+
+def test_the_request_with_the_surer_tree_gets_more_nodes() -> None:
+    sure, unsure = [-0.05, -0.1, -0.2, -0.3], [-1.5, -2.5, -3.5, -5.0]
+
+    shares = Budget(TYPICAL, 63).choose(np.array([unsure, sure]), [True, True])
+
+    assert shares[1] > shares[0]
+    assert shares[1] == 4
+
+
+def test_the_same_drafter_is_judged_apart_for_greedy_and_for_sampled_requests() -> None:
+    budget = Budget(TYPICAL, 63)
+    log_probs = np.full((1, 6), -0.3)
+    for _ in range(200):
+        budget.observe_acceptance(log_probs[0], np.ones(6, dtype=np.bool_), True)
+        budget.observe_acceptance(log_probs[0], np.zeros(6, dtype=np.bool_), False)
+
+    assert budget.choose(log_probs, [True]).tolist() == [6]
+    assert budget.choose(log_probs, [False]).tolist() == [0]
+
+
+def test_slower_passes_than_measured_at_start_shrink_the_budget() -> None:
+    log_probs = np.log(np.array([[0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1]]))
+    fresh, busy = Budget(TYPICAL, 63), Budget(TYPICAL, 63)
+    for _ in range(15):
+        expected = float(TYPICAL.at(np.array(5.0)))
+        # the same passes, but much time goes elsewhere: then a few rows more hardly matter
+        busy.observe_step(StepRecord(1, 4, expected, None, expected + 200.0))
+
+    assert busy.choose(log_probs, [True])[0] > fresh.choose(log_probs, [True])[0]
+
+
+# the floor of the search
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds, st.integers(1, 4), st.integers(1, 8))
+def test_the_floor_cuts_no_node_that_would_be_chosen_again(seed: int, batch_size: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    budget = Budget(random_times(rng), most)
+    for greedy in (True, False):
+        budget.observe_acceptance(-rng.exponential(2.0, size=200), rng.random(200) < rng.random(), greedy)
+    log_probs = random_log_probs(rng, batch_size, most)
+    is_greedy = (rng.random(batch_size) < 0.5).tolist()
+
+    chosen = budget.choose(log_probs, is_greedy)
+    floor = budget.floor(batch_size)
+
+    assert all((log_probs[row, :share] > floor).all() for row, share in enumerate(chosen))
+
+
+def test_before_anything_was_chosen_the_search_has_no_floor() -> None:
+    assert Budget(TYPICAL, 8).floor(1) == -math.inf
+
+
+def test_where_rows_are_dear_the_search_ends_early() -> None:
+    budget = Budget(TYPICAL, 8)
+    budget.choose(np.log(np.array([[0.6, 0.3, 0.1, 0.05]])), [True])
+
+    assert -math.inf < budget.floor(1) < 0.0
+
+
+# pauses
+
+
+def drafts_until_pause(budget: Budget, log_probs: Floats) -> int:
+    """Return how many steps draft and choose before one does not."""
+    for count in range(1000):
+        if not budget.should_draft(len(log_probs)):
+            return count
+        budget.choose(log_probs, [True] * len(log_probs))
+    raise AssertionError("drafting never paused")
+
+
+def pause_length(budget: Budget, batch_size: int) -> int:
+    """Return how many steps in a row do not draft, the one that began the pause included."""
+    for count in itertools.count(1):
+        if budget.should_draft(batch_size):
+            return count
+    raise AssertionError
+
+
+def losing_budget() -> Budget:
+    """Return a budget that has seen what makes drafting lose: rows that cost a step, and time spent on drafting."""
+    budget = Budget(PER_ROW, 8)
+    for _ in range(15):
+        budget.observe_step(StepRecord(1, 2, 3.0, 0.5, 3.5))
+        budget.observe_step(plain_step(1.0))
+    return budget
+
+
+def test_drafting_pauses_when_it_does_not_pay_and_pauses_double_up_to_a_limit() -> None:
+    budget = losing_budget()
+    log_probs = np.log(np.array([[0.3, 0.1]]))
+    assert drafts_until_pause(budget, log_probs) >= 1
+
+    lengths = []
+    for _ in range(12):
+        lengths.append(pause_length(budget, 1))
+        budget.choose(log_probs, [True])  # the trial decides alone
+        assert not budget.should_draft(1)
+
+    longest = budget_module._LONGEST_PAUSE
+    assert lengths == [min(2**index, longest) + 1 for index in range(12)]
+
+
+def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
+    budget = losing_budget()
+    hopeless, certain = np.log(np.array([[0.3, 0.1]])), np.log(np.array([[0.999, 0.999, 0.999, 0.999]]))
+    drafts_until_pause(budget, hopeless)
+    for _ in range(4):
+        pause_length(budget, 1)
+        budget.choose(hopeless, [True])
+        assert not budget.should_draft(1)
+    pause_length(budget, 1)
+    assert budget.load(1).next_pause == 32
+    for _ in range(100):  # meanwhile drafting has become cheap
+        budget.observe_step(StepRecord(1, 4, 1.0, 0.01, 1.01))
+
+    budget.choose(certain, [True])
+
+    assert budget.load(1).gain > 1.0
+    assert budget.load(1).next_pause == 1
+    assert budget.should_draft(1)
+
+
+def test_one_bad_promise_outside_a_trial_does_not_stop_drafting() -> None:
+    budget = losing_budget()
+    budget.load(1).gain = 1.5
+    budget.choose(np.log(np.array([[0.3, 0.1]])), [True])
+
+    assert budget.should_draft(1)
+
+
+def test_loads_are_judged_apart() -> None:
+    budget = losing_budget()
+    drafts_until_pause(budget, np.log(np.array([[0.3, 0.1]])))
+
+    assert not budget.should_draft(1)
+    assert budget.should_draft(8)
+    assert budget.load(8) is budget.load(15)
+    assert budget.load(8) is not budget.load(16)
+
+
+def test_a_plain_step_is_measured_soon_after_the_start_and_now_and_then_afterwards() -> None:
+    budget = Budget(FREE, 8)
+    log_probs = np.log(np.array([[0.9, 0.8]]))
+    drafted = []
+    for _ in range(600):
+        drafted.append(budget.should_draft(1))
+        if drafted[-1]:
+            budget.choose(log_probs, [True])
+
+    skipped = [step for step, each in enumerate(drafted) if not each]
+    first = budget_module._FIRST_PLAIN_STEP - 1
+    # two in a row: the step between them has neither drafts nor drafting
+    assert skipped[:2] == [first, first + 1]
+    assert len(skipped) == 2 * math.ceil((600 - first) / budget_module._PLAIN_STEP_INTERVAL)
+    assert all(pair[1] == pair[0] + 1 for pair in zip(skipped[::2], skipped[1::2], strict=True))
+
+
+def test_what_was_learnt_is_reported_by_load() -> None:
+    budget = Budget(TYPICAL, 8)
+    budget.observe_step(plain_step(20.0, batch_size=3))
+    budget.choose(np.log(np.array([[0.9, 0.8]])), [True])
+
+    report = budget.as_dict()
+
+    assert set(report) == {"<2", "<4"}
+    assert report["<4"]["plain_ratio"] == pytest.approx(20.0 / float(TYPICAL.at(np.array(3.0))))
+    assert report["<2"]["gain"] > 1.0
+    assert math.isnan(report["<4"]["draft_ms"])

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.adapter.trees import draft_tree, prefixes, random_tree, tree_of
+from tests.core import naive
+from tests.core.naive import Prefix
+from vllm_redrafter.adapter.attention import Segment
+from vllm_redrafter.adapter.tree_batch import DraftTree, assemble, chain_of, path_segments, path_to
+from vllm_redrafter.core import acceptance, token_tree
+from vllm_redrafter.core.beam_search import Candidates
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def some_tree(rng: np.random.Generator, max_nodes: int = 30) -> DraftTree:
+    return draft_tree(
+        random_tree(rng, int(rng.integers(1, max_nodes)), int(rng.integers(1, 9)), int(rng.integers(1, 7)))
+    )
+
+
+def naive_leaves(nodes: list[Prefix]) -> list[Prefix]:
+    return [node for node in nodes if not any(other[:-1] == node for other in nodes if other)]
+
+
+def naive_segments(tree: DraftTree, request: int, query_start: int, root_row: int, num_computed: int) -> list[Segment]:
+    """Return the segments of a branching tree, from prefixes: every leaf's path, and what of it is new."""
+    nodes = prefixes(tree)
+    row_of = {node: root_row + index for index, node in enumerate(nodes)}
+    context = num_computed + root_row - query_start
+    seen: set[Prefix] = set()
+    segments = []
+    for leaf in naive_leaves(nodes):
+        path = [leaf[:depth] for depth in range(len(leaf) + 1)]
+        new = sorted(row_of[node] for node in path if node not in seen)
+        seen.update(path)
+        start = new[0] if segments else query_start  # what stands before the first root belongs to the first path
+        segments.append(
+            Segment(
+                request,
+                start,
+                new[-1] + 1,
+                context + len(path),
+                tuple(row_of[node] for node in path[1:]),
+                tuple(root_row + depth for depth in range(1, len(path))),
+            )
+        )
+    return segments
+
+
+def test_a_worked_example_has_one_segment_per_leaf() -> None:
+    tree = tree_of([(1, 2, 3), (1, 2, 6), (1, 4), (5,)])
+    assert tree.token_ids == [1, 2, 3, 6, 4, 5]
+    batch = assemble({"a": tree}, ["p", "a"], {"a": tree.token_ids}, [3, 10])
+
+    segments = batch.segments([3, 10], [8, 20])
+
+    assert segments == [
+        [Segment(0, 0, 3, 11, (), ())],
+        [
+            Segment(1, 3, 7, 24, (4, 5, 6), (4, 5, 6)),
+            Segment(1, 7, 8, 24, (4, 5, 7), (4, 5, 6)),
+            Segment(1, 8, 9, 23, (4, 8), (4, 5)),
+            Segment(1, 9, 10, 22, (9,), (4,)),
+        ],
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds)
+def test_segments_of_any_batch_equal_those_of_a_naive_derivation(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    proposed: dict[str, DraftTree] = {}
+    scheduled: dict[str, list[int]] = {}
+    query_ends: list[int] = []
+    expected = []
+    num_computed = rng.integers(100, size=6).tolist()
+    names = [f"request-{index}" for index in range(6)]
+    for index, name in enumerate(names):
+        query_start = query_ends[-1] if query_ends else 0
+        num_before = int(rng.integers(20)) if rng.random() < 0.4 else 0
+        tree = some_tree(rng) if rng.random() < 0.7 else chain_of([])
+        if tree.token_ids:
+            proposed[name], scheduled[name] = tree, tree.token_ids
+        root_row = query_start + num_before
+        query_ends.append(root_row + 1 + len(tree.token_ids))
+        if len(naive_leaves(prefixes(tree))) > 1:
+            expected.append(naive_segments(tree, index, query_start, root_row, num_computed[index]))
+        else:
+            # one causal call serves all rows, and nothing needs to be moved for it
+            length = query_ends[-1] - query_start
+            expected.append([Segment(index, query_start, query_ends[-1], num_computed[index] + length, (), ())])
+
+    batch = assemble(proposed, names, scheduled, query_ends)
+
+    assert batch.segments(query_ends, num_computed) == expected
+    assert batch.num_branching == sum(len(segments) > 1 for segments in expected)
+    assert batch.num_truncated == batch.num_replaced == 0
+    covered = [row for segments in expected for segment in segments for row in range(segment.start, segment.end)]
+    assert covered == list(range(query_ends[-1])), "every row is a query of one call"
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_whatever_the_scheduler_cuts_off_leaves_the_tree_of_the_nodes_before(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tree = some_tree(rng)
+    nodes = prefixes(tree)
+    for size in range(1, len(tree.token_ids) + 1):
+        batch = assemble({"a": tree}, ["a"], {"a": tree.token_ids[:size]}, [1 + size])
+
+        assert prefixes(batch.trees[0]) == nodes[: 1 + size]
+        assert batch.trees[0].scores == tree.scores[:size]
+        assert batch.num_truncated == (size < len(tree.token_ids))
+        assert batch.num_replaced == 0
+        segments = batch.segments([1 + size], [7])[0]
+        if batch.num_branching:
+            assert segments == naive_segments(batch.trees[0], 0, 0, 0, 7)
+
+
+def test_padding_of_the_scheduler_is_verified_as_a_chain() -> None:
+    tree = tree_of([(1, 2), (3,)])
+
+    batch = assemble({"a": tree}, ["a", "b"], {"a": [-1, -1, -1], "b": [-1, -1]}, [4, 7])
+
+    assert batch.trees == [chain_of([-1, -1, -1]), chain_of([-1, -1])]
+    assert (batch.num_replaced, batch.num_branching, batch.num_truncated) == (2, 0, 0)
+    assert batch.trees[0].parents == [-1, 0, 1, 2]
+    assert batch.trees[0].depths == [0, 1, 2, 3]
+
+
+def test_drafts_that_are_not_the_proposed_ones_are_verified_as_a_chain() -> None:
+    tree = tree_of([(1, 2), (3,)])
+
+    for drafts in ([1, 3], [1, 2, 3, 4], [2]):
+        batch = assemble({"a": tree}, ["a"], {"a": drafts}, [1 + len(drafts)])
+
+        assert batch.trees == [chain_of(drafts)]
+        assert batch.num_replaced == 1
+
+
+def test_requests_without_drafts_have_a_tree_of_the_root_alone_in_their_last_row() -> None:
+    tree = tree_of([(1, 2), (3,)])
+
+    batch = assemble({"b": tree, "gone": tree}, ["a", "b", "c"], {"b": tree.token_ids}, [5, 9, 10])
+
+    assert [each.token_ids for each in batch.trees] == [[], [1, 2, 3], []]
+    assert batch.root_rows == [4, 5, 9]
+    assert batch.logit_rows == [0, 1, 5]
+    assert (batch.num_branching, batch.num_truncated, batch.num_replaced) == (1, 0, 0)
+
+
+def test_rows_that_logits_are_computed_for_follow_each_other_without_gaps() -> None:
+    rng = np.random.default_rng(0)
+    trees = {str(index): some_tree(rng) for index in range(0, 8, 2)}
+    scheduled = {name: tree.token_ids for name, tree in trees.items()}
+    names = [str(index) for index in range(8)]
+    lengths = [1 + len(scheduled.get(name, [])) for name in names]
+
+    batch = assemble(trees, names, scheduled, np.cumsum([length + 3 for length in lengths]).tolist())
+
+    assert batch.logit_rows == [sum(lengths[:index]) for index in range(8)]
+    assert batch.root_rows == [sum(lengths[:index]) + 3 * index + 3 for index in range(8)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_the_core_walks_the_batch_as_it_walks_every_tree(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    trees = {str(index): some_tree(rng, 12) for index in range(4)}
+    scheduled = {name: tree.token_ids for name, tree in trees.items() if rng.random() < 0.8}
+    names = list(trees)
+    query_ends = np.cumsum([1 + len(scheduled.get(name, [])) for name in names]).tolist()
+    batch = assemble(trees, names, scheduled, query_ends)
+    size = max(len(tree.parents) for tree in batch.trees)
+    choices = rng.integers(5, size=(4, size))
+
+    walk = acceptance.greedy_walk(batch.as_token_tree(), torch.from_numpy(choices))
+
+    for row, tree in enumerate(batch.trees):
+        nodes = prefixes(tree)
+        emitted = naive.accept(nodes, lambda prefix, row=row, nodes=nodes: int(choices[row, nodes.index(prefix)]))
+        assert walk.token_ids[row, : len(emitted)].tolist() == list(emitted)
+        assert (walk.token_ids[row, len(emitted) :] == -1).all()
+        assert [nodes[node] for node in walk.nodes[row, : len(emitted)].tolist()] == [
+            emitted[:depth] for depth in range(len(emitted))
+        ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_the_new_nodes_of_paths_cover_a_tree_and_paths_lead_back_to_the_root(seed: int) -> None:
+    tree = some_tree(np.random.default_rng(seed))
+    nodes = prefixes(tree)
+
+    segments = path_segments(tree.parents)
+
+    assert [end - 1 for _, end in segments] == [nodes.index(leaf) for leaf in naive_leaves(nodes)]
+    assert [node for start, end in segments for node in range(start, end)] == list(range(len(nodes)))
+    for node, prefix in enumerate(nodes):
+        assert [nodes[step] for step in path_to(tree.parents, node)] == [prefix[:d] for d in range(len(prefix) + 1)]
+
+
+def test_a_chain_is_the_tree_that_the_core_makes_of_one_beam() -> None:
+    one_beam = Candidates(torch.tensor([[4, 2, 9]]), torch.tensor([[-1, 0, 1]]), torch.tensor([[-0.1, -0.2, -0.4]]))
+
+    assert draft_tree(token_tree.best_nodes(torch.tensor([0]), one_beam, 3))._replace(scores=[]) == chain_of([4, 2, 9])
+    assert chain_of([]) == DraftTree([], [-1], [0], [])

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import FakePair
+from vllm_redrafter.cli import demo, race
+from vllm_redrafter.cli.generation import Answer, Generation
+from vllm_redrafter.cli.main import main
+
+FILE = "one two three\nfour\n"
+
+
+def run(fake_pair: FakePair, tmp_path: Path, *more: str, **behaviour: object) -> int:
+    target, drafter = fake_pair(**behaviour)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text(FILE)
+    return main(
+        ["demo", "--target", target, "--drafter", drafter, "--prompts", str(prompts), "--max-tokens", "4", *more]
+    )
+
+
+@pytest.mark.parametrize("memory", [2**60, 0])
+def test_it_shows_the_text_the_table_and_the_figures(
+    memory: int,
+    fake_pair: FakePair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(race, "_available_bytes", lambda: memory)
+
+    status = run(fake_pair, tmp_path)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert lines[0] == "one two threeone two three one "
+    assert [line.split("  ")[0] for line in lines[3:7]] == ["baseline", "chain of 4", "tree of 8", "automatic budget"]
+    assert lines[-2] == "outputs identical: yes"
+    # a prompt of four tokens takes the fake a second alone, and half a second with a drafter
+    assert json.loads(lines[-1]) == {
+        "identical": True,
+        "speedup": 2.0,
+        "mean_acceptance_length": 3.0,
+        "tokens_per_second": {"baseline": 4.0, "chain": 8.0, "tree": 8.0, "auto": 8.0},
+    }
+
+
+def test_json_only_prints_one_line(fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(fake_pair, tmp_path, "--json-only") == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert captured.err == ""
+
+
+def test_accepted_drafts_are_coloured_if_asked_for_and_never_otherwise_off_a_terminal(
+    fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(fake_pair, tmp_path, "--color", "always")
+
+    out = capsys.readouterr().out
+    assert out.startswith("\x1b[1mone two three\x1b[0mone \x1b[32mtwo \x1b[0mthree \x1b[32mone \x1b[0m")
+    assert "\x1b[32mthis colour\x1b[0m: drafted and accepted" in out
+
+
+def test_a_different_output_fails(fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(fake_pair, tmp_path, with_drafter={"differs_at_temperature": 0.0, "differs_at": 3})
+
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 1
+    assert json.loads(lines[-1])["identical"] is False
+    assert [line.rsplit("  ", 1)[-1].strip() for line in lines[3:7]] == ["identical", *["DIFFERENT"] * 3]
+
+
+def test_one_round_that_differs_is_enough_to_fail_and_speed_is_the_median() -> None:
+    def generation(seconds: float, *token_ids: int) -> Generation:
+        return Generation([Answer("", list(token_ids), 2, seconds)], seconds, {})
+
+    same = [generation(seconds, 1, 2, 3, 4) for seconds in (1.0, 4.0, 2.0)]
+    rounds = {"baseline": same, "chain": same, "tree": same, "auto": [*same[:2], generation(2.0, 1, 2, 3, 5)]}
+
+    summary = demo.summarise(rounds)
+
+    assert summary["identical"] is False
+    assert summary["tokens_per_second"] == {"baseline": 2.0, "chain": 2.0, "tree": 2.0, "auto": 2.0}
+
+
+def test_a_prompt_that_is_too_long_is_named(
+    fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(fake_pair, tmp_path, max_words=2) == 1
+    assert "vllm-redrafter demo: prompt 1: too long" in capsys.readouterr().err
+
+
+def test_a_target_without_its_drafter_is_refused(fake_pair: FakePair, capsys: pytest.CaptureFixture[str]) -> None:
+    target, _ = fake_pair(log="an engine was started")
+
+    assert main(["demo", "--target", target]) == 1
+    assert "pass --target and --drafter together, or neither" in capsys.readouterr().err
+
+
+def test_without_the_example_pair_it_says_where_that_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "EXAMPLES", tmp_path / "models")
+
+    assert main(["demo"]) == 1
+    assert f"no example pair at {tmp_path / 'models'}: run this in a checkout" in capsys.readouterr().err
+
+
+def test_the_four_engines_ask_for_a_chain_a_tree_and_a_budget_of_its_own() -> None:
+    specs = race.specs("t", "d", "float32")
+
+    assert specs["baseline"].speculative_config is None
+    assert {name: spec.speculative_config for name, spec in specs.items() if name != "baseline"} == {
+        "chain": {
+            "method": "redrafter",
+            "model": "d",
+            "num_speculative_tokens": 4,
+            "beam_width": 1,
+            "draft_length": 4,
+            "budget": "fixed",
+        },
+        "tree": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "fixed"},
+        "auto": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "auto"},
+    }

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.engine import tiny_models
+from tests.engine.engine_process import EnginePool
+
+
+class TinyPair(NamedTuple):
+    """Directories of a tiny target and its drafters, and prompts that the trained one has heard the target continue."""
+
+    target: str
+    drafter: str
+    random_drafter: str
+    prompts: list[list[int]]
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
+    """The engines of this session."""
+    pool = EnginePool(tmp_path_factory.mktemp("engine_logs"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    """A tiny Llama (fp32, two layers, grouped heads, untied) with a trained and a useless drafter."""
+    directory = tmp_path_factory.mktemp("tiny_pair")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = tiny_models.make_llama()
+    prompts = tiny_models.token_prompts()
+    pair = TinyPair(
+        tiny_models.save_target(model, directory / "target"),
+        tiny_models.save_trained_drafter(model, directory / "drafter", prompts),
+        tiny_models.save_random_drafter(model, directory / "random_drafter"),
+        prompts,
+    )
+    torch.set_num_threads(num_threads)
+    return pair
