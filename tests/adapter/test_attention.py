@@ -23,7 +23,7 @@ from vllm_redrafter.core.token_tree import TokenTree, attention_mask
 
 BLOCK = 32
 POISON = 1e4
-"""Stands where nothing was written: the kernel multiplies what it masks by zero, so NaN there would show in any batch."""
+"""Stands where nothing was written; not NaN, because the kernel multiplies the values that it masks by zero."""
 FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 FP8_POISON = {"fp8_e4m3": 0x7E, "fp8_e5m2": 0x7B}  # the largest finite numbers
 
@@ -137,7 +137,8 @@ class Step:
         arguments = (self.query, self.key, self.value, self.cache, self.metadata, output)
         returned = self.impl.forward(self.module, *arguments)
         # under torch.compile these buffers serve the next layer
-        self.key.fill_(POISON), self.value.fill_(POISON)
+        self.key.fill_(POISON)
+        self.value.fill_(POISON)
         assert returned is output
         return output
 
@@ -338,7 +339,8 @@ def test_mixed_batches_of_trees_chains_prompts_and_plain_rows_equal_dense_attent
 @pytest.mark.parametrize("seed", range(12))
 def test_the_first_path_stays_in_the_cache_and_any_other_does_after_its_commit(layer: Layer, seed: int) -> None:
     first, other = random_step(layer, seed), random_step(layer, seed)
-    first.forward(), other.forward()
+    first.forward()
+    other.forward()
     paths = random_paths(other, seed)
 
     other.commit(paths)

@@ -52,8 +52,8 @@ def measured(plan: Plan, log: list[tuple[Any, ...]], *, together: bool = True) -
     return list(measure(configs, PROMPTS, plan, starter(log), lambda text: None, together=together))
 
 
-def outcome(seconds: float, token_ids: list[list[int]], **stats: float) -> Outcome:
-    return Outcome(token_ids, [max(0, len(tokens) - 1) for tokens in token_ids], seconds, stats)
+def outcome(seconds: float, token_ids: list[list[int]]) -> Outcome:
+    return Outcome(token_ids, [max(0, len(tokens) - 1) for tokens in token_ids], seconds, {})
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,22 @@ def test_the_token_of_the_prompts_own_step_is_not_in_tokens_per_step() -> None:
 
 
 def test_the_time_of_a_step_is_split_by_the_drafters_timers() -> None:
-    stats = {"num_engine_steps": 10, "draft_seconds": 0.1, "verify_seconds": 0.2, "num_emitted_tokens": 30}
-    ours = [outcome(1.0, [[5] * 10], num_steps=12, **stats)] * 2
+    stats = {"num_engine_steps": 10, "draft_seconds": 0.1, "verify_seconds": 0.2}
+    counters = {"num_steps": 12, "num_emitted_tokens": 30, "num_draft_tokens": 96}
+    ours = [Outcome([[5] * 10], [9], 1.0, {**stats, **counters})] * 2
 
     result = summarise("tree8", 1, 0.0, ours, ours)
 
     assert result.step_ms == pytest.approx({"total": 100.0, "draft": 10.0, "verify": 20.0, "rest": 70.0})
     assert result.mean_acceptance_length == pytest.approx(2.5)
+    assert result.nodes_per_step == pytest.approx(8.0)
+
+
+def test_without_counters_the_steps_are_known_of_requests_that_run_alone() -> None:
+    ours = [outcome(1.0, [[5] * 10, [6] * 10])]
+
+    assert summarise("plain", 1, 0.0, ours, ours).step_ms == pytest.approx({"total": 50.0, "rest": 50.0})
+    assert summarise("plain", 2, 0.0, ours, ours).step_ms == {}
 
 
 def test_without_plain_there_is_nothing_to_compare_with() -> None:

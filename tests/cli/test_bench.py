@@ -16,7 +16,13 @@ from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
-STATS = {"num_steps": 4, "num_emitted_tokens": 10, "num_engine_steps": 5, "draft_seconds": 0.05}
+STATS = {
+    "num_steps": 4,
+    "num_emitted_tokens": 10,
+    "num_draft_tokens": 32,
+    "num_engine_steps": 5,
+    "draft_seconds": 0.05,
+}
 
 
 def run_speed(fake_pair: FakePair, tmp_path: Path, *more: str, **behaviour: object) -> int:
@@ -42,10 +48,10 @@ def test_speed_prints_a_table_and_one_line_of_json(
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert status == 0
-    assert lines[0].split() == ["batch", "T", "tokens/s", "x", "plain", "tokens", "per", "step", "output"]
+    assert lines[0].split() == ["batch", "T", "tokens/s", "x", "plain", "tokens/step", "nodes/step", "output"]
     # 8 prompts of 5 tokens take the fake a second alone, and half a second with a drafter
-    assert lines[1].split() == ["plain", "1", "0", "40.0", "1.00x", "1.00", "identical"]
-    assert lines[2].split() == ["tree8", "1", "0", "80.0", "2.00x", "2.00", "identical"]
+    assert lines[1].split() == ["plain", "1", "0", "40.0", "1.00x", "1.00", "–", "identical"]
+    assert lines[2].split() == ["tree8", "1", "0", "80.0", "2.00x", "2.00", "–", "identical"]
     assert json.loads(lines[-1])["identical"] is True
     assert json.loads(lines[-1])["results"][1] == {
         "config": "tree8",
@@ -54,6 +60,7 @@ def test_speed_prints_a_table_and_one_line_of_json(
         "tokens_per_second": 80.0,
         "speedup": 2.0,
         "tokens_per_step": 2.0,
+        "nodes_per_step": None,
         "identical": True,
     }
     assert ("memory is short" in captured.err) == (available == 0)
@@ -66,7 +73,9 @@ def test_speed_says_where_the_time_of_a_step_goes(
 
     lines = capsys.readouterr().out.splitlines()
     assert lines[4].split() == ["ms", "per", "step", "batch", "T", "total", "draft", "rest"]
-    assert lines[5].split() == ["tree8", "1", "0", "100.00", "10.00", "90.00"]
+    # plain: 8 prompts of 5 tokens take 40 steps and a second
+    assert lines[5].split() == ["plain", "1", "0", "25.00", "–", "25.00"]
+    assert lines[6].split() == ["tree8", "1", "0", "100.00", "10.00", "90.00"]
 
 
 def test_speed_writes_what_it_measured_and_what_with(fake_pair: FakePair, tmp_path: Path) -> None:
@@ -85,6 +94,7 @@ def test_speed_writes_what_it_measured_and_what_with(fake_pair: FakePair, tmp_pa
     ]
     assert measured["results"][1]["rounds"] == [80.0, 80.0]
     assert measured["results"][1]["mean_acceptance_length"] == 2.5
+    assert measured["results"][1]["nodes_per_step"] == 8.0
 
 
 @pytest.mark.parametrize(("dtype", "status"), [("float32", 1), ("bfloat16", 0)])

@@ -55,6 +55,17 @@ def test_the_drafter_computes_the_papers_equations(rnn: bool, exit_dim: int, num
 
 
 @torch.no_grad()
+def test_a_bfloat16_drafter_scores_in_float32() -> None:
+    drafter = make_drafter().bfloat16()
+    embedding, hidden = nn.Embedding(VOCAB, HIDDEN).bfloat16(), torch.randn(HIDDEN).bfloat16()
+
+    row = drafted_log_probs(drafter, embedding, hidden, [5])[0]
+
+    assert row.dtype == torch.float32
+    assert row.exp().sum() == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
 def test_a_draft_vocabulary_scores_only_its_own_tokens() -> None:
     drafter = make_drafter(draft_vocab_size=7)
     target_ids = torch.tensor([0, 2, 3, 11, 17, 28, 29])

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tests.engine import tiny_models
-from tests.engine.engine_process import EnginePool
+from tests.engine.engine_process import Engine, EnginePool
+
+FIXED = {"budget": "fixed"}
 
 
 class TinyPair(NamedTuple):
@@ -17,6 +19,18 @@ class TinyPair(NamedTuple):
     drafter: str
     random_drafter: str
     prompts: list[list[int]]
+
+    def plain(self, **options: Any) -> Engine:
+        """Return vLLM without the plugin, `LLM`'s keywords on top.
+
+        It gets prompts whole: seeds and chunked prefill together kill stock vLLM on a CPU, and its tokens do not
+        depend on the chunks.
+        """
+        return Engine(self.target, options={"max_num_batched_tokens": 8192, **options})
+
+    def drafted(self, speculation: Mapping[str, Any] = FIXED, *, drafter: str | None = None, **options: Any) -> Engine:
+        """Return vLLM with the trained drafter, or another, prompts in chunks of at most 128 tokens."""
+        return Engine(self.target, drafter or self.drafter, speculation, options)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
+
+WHEN_IDLE = 1_000_000
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -77,22 +80,21 @@ class Request:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of `SamplingParams`; `structured_outputs` holds those of `StructuredOutputsParams`."""
     add_after: int = 0
-    """Engine steps before it is handed in."""
+    """Engine steps before it is handed in; it is sooner if the engine has nothing left to do, so `WHEN_IDLE` waits for
+    all that was handed in before."""
     abort_after: int | None = None
-    """Engine steps after which it is aborted."""
+    """Engine steps from then on until it is aborted."""
     lora: str | None = None
     """Directory of a LoRA adapter."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that run together."""
+    """Requests that run together, on an engine with an empty prefix cache."""
 
     requests: Sequence[Request]
     mutation: str | None = None
     """A function of `tests.engine.mutations` that breaks the adapter for the time of this workload."""
-    keep_prefix_cache: bool = False
-    """Whether blocks that the workload before left in the cache may be found."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,22 @@ class Result:
         ]
 
 
+def assert_same_answers(drafted: Result, plain: Result) -> None:
+    """Compare tokens, texts and reasons of all requests, and say where the first difference is."""
+    for index, (ours, theirs) in enumerate(zip(drafted.answers, plain.answers, strict=True)):
+        assert (ours is None) == (theirs is None), f"request {index} was aborted in one run only"
+        if ours is None or theirs is None:
+            continue
+        for number, (sample, expected) in enumerate(zip(ours["outputs"], theirs["outputs"], strict=True)):
+            where = f"request {index}, sample {number}"
+            tokens, expected_tokens = sample["token_ids"], expected["token_ids"]
+            same = [ours == theirs for ours, theirs in zip(tokens, expected_tokens, strict=False)]
+            first = same.index(False) if False in same else len(same)
+            assert tokens == expected_tokens, f"{where}: token {first} differs: {tokens[first:]}, {expected_tokens[first:]}"
+            for name in ("text", "finish_reason", "stop_reason"):
+                assert sample[name] == expected[name], f"{where}: {name} is {sample[name]!r}, not {expected[name]!r}"
+
+
 class EngineError(Exception):
     """An engine could not be built or died; the message ends with the tail of its log."""
 
@@ -147,8 +165,6 @@ class EnginePool:
 
     def run(self, engine: Engine, workload: Workload | Sequence[Request]) -> Result:
         """Return what an engine makes of a workload, run at the first call and remembered.
-
-        A workload with `keep_prefix_cache` must follow, in the caller, the one that filled the cache.
 
         Raises:
             EngineError: the engine refused its configuration, or failed.
@@ -233,7 +249,7 @@ class _Child:
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._answers.close()
 

@@ -62,8 +62,7 @@ class _Server:
         gc.collect()
 
     def run(self, workload: dict[str, Any]) -> dict[str, Any]:
-        if not workload["keep_prefix_cache"]:
-            self._llm.reset_prefix_cache()
+        self._llm.reset_prefix_cache()
         before, metrics_before = self._stats(), self._metrics()
         started = time.perf_counter()
         with _mutation(workload["mutation"]):
@@ -83,19 +82,23 @@ class _Server:
         answers: list[dict[str, Any] | None] = [None] * len(requests)
         first_id = self._num_requests
         self._num_requests += len(requests)
-        num_steps = 0
+        num_steps = clock = 0
         waiting = sorted(range(len(requests)), key=lambda index: requests[index]["add_after"])
+        aborts: list[tuple[int, str]] = []
         while waiting or engine.has_unfinished_requests():
-            while waiting and requests[waiting[0]]["add_after"] <= num_steps:
+            if not engine.has_unfinished_requests():
+                clock = max(clock, requests[waiting[0]]["add_after"])
+            while waiting and requests[waiting[0]]["add_after"] <= clock:
                 index = waiting.pop(0)
                 self._add(str(first_id + index), requests[index])
-            for index, request in enumerate(requests):
-                if request["abort_after"] is not None and request["abort_after"] == num_steps:
-                    engine.abort_request([str(first_id + index)])
+                if requests[index]["abort_after"] is not None:
+                    aborts.append((clock + requests[index]["abort_after"], str(first_id + index)))
+            engine.abort_request([request_id for when, request_id in aborts if when == clock])
             for output in engine.step():
                 if output.finished:
                     answers[int(output.request_id) - first_id] = _answer(output)
             num_steps += 1
+            clock += 1
         return answers, num_steps
 
     def _add(self, request_id: str, request: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 
 class Segment(NamedTuple):
-    """The new nodes of one root-to-leaf path: consecutive rows of the batch, or all rows of a request without a tree."""
+    """The new nodes of one root-to-leaf path: consecutive rows, or all rows of a request without a tree."""
 
     request: int
     start: int

@@ -59,7 +59,7 @@ class Calibration:
         self._centers = np.linspace(self._LOWEST, 0.0, self._NUM_BINS)
         self._seen = np.full(self._NUM_BINS, self._PRIOR)
         self._accepted = self._PRIOR * np.exp(self._centers)
-        self._rates = np.exp(self._centers)
+        self._rates: Floats | None = None  # found when asked for: a batch observes once per request
 
     def observe(self, log_probs: Floats, accepted: npt.NDArray[np.bool_]) -> None:
         """Count verified nodes."""
@@ -70,17 +70,22 @@ class Calibration:
         too_old = self._seen > self._MEMORY
         self._seen[too_old] /= 2
         self._accepted[too_old] /= 2
-        # a more probable node cannot be a worse one: what contradicts that is noise
-        self._rates = np.maximum.accumulate(self._accepted / self._seen)
+        self._rates = None
 
     def probability(self, log_probs: Floats) -> Floats:
         """Return how likely nodes are accepted."""
-        return np.interp(log_probs, self._centers, self._rates)
+        return np.interp(log_probs, self._centers, self._fitted_rates())
 
     def log_prob_of(self, probability: float) -> float:
         """Return the drafter's log-probability below which nodes are accepted less often than `probability`."""
-        index = int(np.searchsorted(self._rates, probability))
+        index = int(np.searchsorted(self._fitted_rates(), probability))
         return float(self._centers[max(index - 1, 0)]) if index > 0 else -math.inf
+
+    def _fitted_rates(self) -> Floats:
+        if self._rates is None:
+            # a more probable node cannot be a worse one: what contradicts that is noise
+            self._rates = _non_decreasing(self._accepted, self._seen)
+        return self._rates
 
 
 class Load:
@@ -185,7 +190,9 @@ class Budget:
         if load.gain >= 1.0:
             load.next_pause = 1
         steps = np.diff(seconds[max(count - 1, 0) : count + 2])
-        load.marginal_probability = float(speeds[count] * max(steps.max(initial=0.0), 0.0))
+        # where times jump behind the last node, the ones before it have paid all the same
+        last_chance = sorted_chances[count - 1] if count > 0 else math.inf
+        load.marginal_probability = float(min(speeds[count] * steps.max(initial=0.0), last_chance))
         return np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
 
     def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
@@ -215,6 +222,18 @@ class Budget:
             }
             for bits, load in sorted(self._loads.items())
         }
+
+
+def _non_decreasing(hits: Floats, counts: Floats) -> Floats:  # [bins] each
+    """Return the rates that never fall from bin to bin and fit best: neighbours that contradict are pooled."""
+    pools: list[tuple[float, float, int]] = []  # hits, counts, bins
+    for bin_hits, bin_counts in zip(hits.tolist(), counts.tolist(), strict=True):
+        pool = (bin_hits, bin_counts, 1)
+        while pools and pools[-1][0] * pool[1] > pool[0] * pools[-1][1]:
+            before = pools.pop()
+            pool = (before[0] + pool[0], before[1] + pool[1], before[2] + pool[2])
+        pools.append(pool)
+    return np.repeat([pool[0] / pool[1] for pool in pools], [pool[2] for pool in pools])
 
 
 def _median(values: Sequence[float], default: float) -> float:

@@ -101,12 +101,17 @@ class Result(NamedTuple):
     tokens_per_step: float | None
     """Tokens that a request gets from a decode step; None where every answer has one token."""
     mean_acceptance_length: float | None
-    """The same by the drafter's own counters, which include prompts and what was accepted behind an answer's end."""
+    """The same by the drafter's own counters, which also have what was accepted behind an answer's end."""
+    nodes_per_step: float | None
+    """Drafted tokens that the target verifies for a request in a step."""
     num_different: int
     """Answers, all rounds together, that are not plain vLLM's."""
     num_answers: int
     step_ms: dict[str, float]
-    """Milliseconds per engine step: `total`, what the drafter's timers say, and the `rest`, which is the target's."""
+    """Milliseconds per engine step: `total`, what the drafter's timers say, and the `rest`, which is the target's.
+
+    Empty where nobody counts the steps: without a drafter they are known at batch size 1 only.
+    """
     rounds: list[float]
     """Tokens per second of every round."""
 
@@ -204,6 +209,7 @@ def summarise(
 ) -> Result:
     """Return the figures of the rounds of one configuration, given plain vLLM's of the same rounds."""
     expected = plain[0].token_ids
+    num_answers = sum(len(outcome.token_ids) for outcome in outcomes)
     steps = sum(sum(outcome.num_steps) for outcome in outcomes)
     decoded = sum(
         len(tokens) - 1
@@ -220,14 +226,23 @@ def summarise(
         tokens_per_second=median(rounds),
         speedup=median(ours / alone.tokens_per_second for ours, alone in zip(rounds, plain, strict=True)),
         tokens_per_step=decoded / steps if steps else None,
-        mean_acceptance_length=stats["num_emitted_tokens"] / stats["num_steps"] if stats.get("num_steps") else None,
+        mean_acceptance_length=_ratio(stats, "num_emitted_tokens", "num_steps"),
+        nodes_per_step=_ratio(stats, "num_draft_tokens", "num_steps"),
         num_different=sum(
             tokens != wanted for outcome in outcomes for tokens, wanted in zip(outcome.token_ids, expected, strict=True)
         ),
-        num_answers=sum(len(outcome.token_ids) for outcome in outcomes),
-        step_ms=_step_ms(stats, sum(outcome.seconds for outcome in outcomes)),
+        num_answers=num_answers,
+        step_ms=_step_ms(
+            # alone, a request has one step for its prompt and the others for itself
+            stats or ({"num_engine_steps": steps + num_answers} if batch_size == 1 else {}),
+            sum(outcome.seconds for outcome in outcomes),
+        ),
         rounds=rounds,
     )
+
+
+def _ratio(stats: Mapping[str, float], above: str, below: str) -> float | None:
+    return stats[above] / stats[below] if stats.get(below) else None
 
 
 def _step_ms(stats: Mapping[str, float], seconds: float) -> dict[str, float]:

@@ -113,26 +113,25 @@ def render(results: Sequence[Result]) -> str:
     """Return the results of one batch size as two tables: speed, and where the time of a step goes."""
     speed_rows = []
     step_rows = []
+    parts = max((list(result.step_ms) for result in results), key=len)
     for result in results:
-        load = (str(result.batch_size), f"{result.temperature:g}")
+        load = (result.config, str(result.batch_size), f"{result.temperature:g}")
         speed_rows.append(
             (
-                result.config,
                 *load,
                 table.number(result.tokens_per_second, 1),
                 table.number(result.speedup, 2, "x"),
                 table.number(result.tokens_per_step),
+                table.number(result.nodes_per_step, 1),
                 _identity(result),
             )
         )
         if result.step_ms:
-            step_rows.append((result.config, *load, *(table.number(value) for value in result.step_ms.values())))
-    header = ("", "batch", "T", "tokens/s", "x plain", "tokens per step", "output")
-    text = table.render(header, speed_rows)
-    if step_rows:
-        parts = next(list(result.step_ms) for result in results if result.step_ms)
-        text += "\n\n" + table.render(("ms per step", "batch", "T", *parts), step_rows)
-    return text
+            step_rows.append((*load, *(table.number(result.step_ms.get(part)) for part in parts)))
+    text = table.render(("", "batch", "T", "tokens/s", "x plain", "tokens/step", "nodes/step", "output"), speed_rows)
+    if not step_rows:
+        return text
+    return text + "\n\n" + table.render(("ms per step", "batch", "T", *parts), step_rows)
 
 
 class _MeasuredEngine:
@@ -199,5 +198,6 @@ def _summary(result: Result) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 1),
         "speedup": round(result.speedup, 3),
         "tokens_per_step": None if result.tokens_per_step is None else round(result.tokens_per_step, 3),
+        "nodes_per_step": None if result.nodes_per_step is None else round(result.nodes_per_step, 3),
         "identical": result.num_different == 0,
     }

@@ -100,18 +100,15 @@ def _depth_first(
 ) -> TokenTree:
     """Lay nodes that are sorted best first, and so parents first, out depth first with the best child first."""
     valid = log_probs > float("-inf")
-    batch_size, count = token_ids.shape
-    device = token_ids.device
-    rows = torch.arange(batch_size, device=device)
-    lineage = torch.zeros(batch_size, count, count, dtype=torch.bool, device=device)  # [b, i, j]: j above i, or i
-    for node in range(count):
-        parent = parents[:, node]
-        lineage[:, node] = lineage[rows, parent.clamp(min=0)] & (parent >= 0)[:, None]
-        lineage[:, node, node] = True
-    lineage &= valid[:, :, None]
+    count, device = token_ids.shape[1], token_ids.device
+    ranks = torch.arange(count, device=device)
+    # [b, i, j]: j is i's parent or i itself; squared until it says "above i, or i itself"
+    above = ((parents[:, :, None] == ranks) | (ranks[:, None] == ranks)).float()
+    for _ in range((count - 1).bit_length()):
+        above = (above @ above).clamp(max=1)
+    lineage = above.bool() & valid[:, :, None]
 
     sizes = lineage.sum(dim=1)  # [batch, N]: nodes of every subtree
-    ranks = torch.arange(count, device=device)
     earlier_sibling = (parents[:, :, None] == parents[:, None]) & (ranks[:, None] > ranks) & valid[:, None]
     step = 1 + (earlier_sibling * sizes[:, None]).sum(dim=2)  # places from the parent to the node
     positions = (lineage * step[:, None]).sum(dim=2)  # [batch, N], 1-based: the root is node 0

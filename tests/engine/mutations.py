@@ -1,0 +1,140 @@
+"""Ways to break the adapter inside an engine's process; each must be noticed by a comparison with plain vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def drop_the_commit() -> Iterator[None]:
+    """Leave accepted branches where they are: their slots keep the keys and values of the first path."""
+    from vllm_redrafter.adapter import attention
+
+    with _replaced(attention, "commit", lambda original: lambda *arguments: None):
+        yield
+
+
+@contextmanager
+def leave_positions_linear() -> Iterator[None]:
+    """Give node i the position of slot i, not that of its depth."""
+    from vllm_redrafter.adapter.runner import TreeModelRunner
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, *arguments: Any) -> Any:
+            prepared = original(self, *arguments)
+            for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
+                for node in range(1, len(tree.depths)):
+                    self.positions[root_row + node] = self.positions[root_row] + node
+            return prepared
+
+        return prepare
+
+    with _replaced(TreeModelRunner, "_prepare_inputs", wrap):
+        yield
+
+
+@contextmanager
+def drop_the_path_writes() -> Iterator[None]:
+    """Run the attention rounds, but leave the keys and values where the linear slot mapping put them."""
+    from vllm_redrafter.adapter import attention
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: original(*arguments)._replace(write_rows=None, write_slots=None)
+
+    with _replaced(attention, "_plan_round", wrap):
+        yield
+
+
+@contextmanager
+def attend_to_every_earlier_node() -> Iterator[None]:
+    """Show nodes all that lie before them, as if the tree were a chain."""
+    from vllm_redrafter.adapter import attention
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_rounds(metadata: Any, *arguments: Any) -> Any:
+            with_rounds = original(metadata, *arguments)
+            with_rounds.rounds = [attention.Round(slice(0, metadata.num_actual_tokens), None, None, metadata)]
+            return with_rounds
+
+        return add_rounds
+
+    with _replaced(attention, "add_rounds", wrap):
+        yield
+
+
+@contextmanager
+def draft_from_the_root() -> Iterator[None]:
+    """Take the drafter's hidden state from the root's row: harmless, but useless drafts."""
+    from vllm_redrafter.adapter.runner import TreeModelRunner
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def propose(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            import torch
+
+            self._last_rows = torch.tensor(self._batch.logit_rows)
+            return original(self, *arguments, **keywords)
+
+        return propose
+
+    with _replaced(TreeModelRunner, "propose_draft_token_ids", wrap):
+        yield
+
+
+@contextmanager
+def draft_trees_for_grammars() -> Iterator[None]:
+    """Propose trees to requests whose grammar follows one line of tokens."""
+    from vllm_redrafter.adapter.proposer import ReDrafterProposer
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, init_ids, candidates, budgets, linear: original(
+            self, init_ids, candidates, budgets, [False] * len(linear)
+        )
+
+    with _replaced(ReDrafterProposer, "trees", wrap):
+        yield
+
+
+@contextmanager
+def hide_accepted_tokens_from_penalties() -> Iterator[None]:
+    """Draw at every depth as if nothing had been accepted in this step."""
+    from vllm_redrafter.adapter.verification import _SamplerDraw
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def append_accepted(self: Any, nodes: list[int]) -> None:
+            original(self, nodes)
+            for index in self.alive:
+                del self.outputs[index][-1]
+
+        return append_accepted
+
+    with _replaced(_SamplerDraw, "_append_accepted", wrap):
+        yield
+
+
+@contextmanager
+def draw_behind_the_end() -> Iterator[None]:
+    """Go on drawing from the generators of requests whose walk has ended."""
+    from vllm_redrafter.adapter.verification import _SamplerDraw
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def append_accepted(self: Any, nodes: list[int]) -> None:
+            everybody = self.alive
+            original(self, nodes)
+            self.alive = everybody
+
+        return append_accepted
+
+    with _replaced(_SamplerDraw, "_append_accepted", wrap):
+        yield
