@@ -117,9 +117,11 @@ def test_rates_are_the_nearest_ones_that_never_fall(seed: int) -> None:
 
     rates = budget_module._non_decreasing(hits, counts)
 
-    # the definition of isotonic regression: the largest of the smallest means of all ranges around a bin
-    means = [[hits[a : b + 1].sum() / counts[a : b + 1].sum() for b in range(7)] for a in range(7)]
-    expected = [max(min(means[a][b] for b in range(i, 7)) for a in range(i + 1)) for i in range(7)]
+    # the definition: of the ranges around a bin, the largest by their start of the smallest means by their end
+    def mean(first: int, last: int) -> float:
+        return float(hits[first : last + 1].sum() / counts[first : last + 1].sum())
+
+    expected = [max(min(mean(a, b) for b in range(i, 7)) for a in range(i + 1)) for i in range(7)]
     assert rates.tolist() == pytest.approx(expected)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from vllm_redrafter.adapter.verification import Verifier, is_plain_greedy
 from vllm_redrafter.core.acceptance import Walk
 
 VOCAB = 12
+FORBIDDEN_PAIRS = [[a, b] for a in range(VOCAB) for b in range(VOCAB) if (a + b) % 3 == 0]
 CPU = torch.device("cpu")
 
 
@@ -72,8 +74,8 @@ CASES = {
     "penalties, seeded": Case(
         SamplingParams(temperature=1.0, seed=9, repetition_penalty=1.6, frequency_penalty=1.5, presence_penalty=1.0)
     ),
-    "bad words": Case(SamplingParams(temperature=0), bad_words=[[3], [4, 5], [8, 9, 2]], emitted=[8]),
-    "bad words, seeded": Case(SamplingParams(temperature=1.5, seed=10), bad_words=[[0], [1, 2], [2, 1]]),
+    "bad words": Case(SamplingParams(temperature=0), bad_words=[[3], [8, 9, 2], *FORBIDDEN_PAIRS], emitted=[8]),
+    "bad words, seeded": Case(SamplingParams(temperature=1.5, seed=10), bad_words=[[0], *FORBIDDEN_PAIRS]),
     "min_tokens": Case(SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[0, 1, 2, 3, 4, 5])),
     "min_tokens, seeded": Case(
         SamplingParams(temperature=1.0, seed=11, min_tokens=5, stop_token_ids=[1, 3, 5, 7]), emitted=[6, 6]
@@ -107,7 +109,7 @@ def input_batch(states: Sequence[CachedRequestState]) -> InputBatch:
 
 
 def autoregressive(case: Case, request: int, num_tokens: int) -> tuple[Prefix, list[LogprobsTensors | None], Any]:
-    """Return what vLLM emits without speculation, alone in its batch: tokens, logprobs, and the generator behind them."""
+    """Return what vLLM emits for a request alone, without speculation: tokens, logprobs, and the used generator."""
     state = case.state("alone")
     batch = input_batch([state])
     tokens: Prefix = ()
@@ -157,10 +159,9 @@ def test_a_mixed_batch_emits_what_every_request_would_emit_alone_without_specula
     rng = np.random.default_rng(0)
     cases = list(CASES.values())
     depths = [index % 5 for index in range(len(cases))]
-    plain = [autoregressive(case, request, 6)[0] for request, case in enumerate(cases)]
+    plain = [autoregressive(case, request, 9)[0] for request, case in enumerate(cases)]
     trees = [
-        tree_around(tokens, depth, rng) if depth else chain_of([])
-        for tokens, depth in zip(plain, depths, strict=True)
+        tree_around(tokens, depth, rng) if depth else chain_of([]) for tokens, depth in zip(plain, depths, strict=True)
     ]
     step = Step(cases, trees, range(len(cases)))
 
@@ -322,14 +323,17 @@ def test_bfloat16_logits_are_sampled_as_without_speculation() -> None:
 
 # the distribution of what is emitted
 
-NUM_SAMPLES = 120_000
-SHAPE = tree_of([(0, 0, 1), (0, 0, 2), (0, 3), (1, 0), (1, 1), (4,)])
+NUM_SAMPLES = 100_000
 SMALL_VOCAB = 6
+SHAPE = tree_of([(0, 0, 1), (0, 0, 2), (0, 3), (1, 0), (1, 1), (4,)])
+NODES = prefixes(SHAPE)
 
 
 def small_target(prefix: Prefix) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(hash(("small", len(prefix))) % 1 + hash(prefix) % 2**31)
-    return torch.randn(SMALL_VOCAB, generator=generator)
+    """Return logits under which drafts are probable enough for every path to be walked often, [vocab]."""
+    generator = torch.Generator().manual_seed(hash(prefix) % 2**31)
+    is_draft = torch.tensor([(*prefix, token) in NODES for token in range(SMALL_VOCAB)])
+    return 0.5 * torch.randn(SMALL_VOCAB, generator=generator) + 1.0 * is_draft
 
 
 def many(temperature: float, top_k: int | None, top_p: float | None, min_p: float) -> SamplingMetadata:
@@ -378,75 +382,70 @@ def exact_distribution(prefix: Prefix, temperature: float, top_k: int | None, to
 
 def chi_square(sequences: Sequence[Prefix], options: tuple[Any, ...]) -> float:
     """Return the p-value of emitted sequences against the exact distribution of those that the tree can yield."""
-    nodes = prefixes(SHAPE)
     exact: dict[Prefix, float] = {}
     reached = {(): 1.0}
-    for node in nodes:
+    for node in NODES:
         for token, chance in enumerate(exact_distribution(node, *options)):
             child = (*node, token)
-            (reached if child in nodes else exact)[child] = reached[node] * float(chance)
+            (reached if child in NODES else exact)[child] = reached[node] * float(chance)
     assert sum(exact.values()) == pytest.approx(1.0)
-    counts = dict.fromkeys(exact, 0)
-    for sequence in sequences:
-        counts[sequence] += 1
-    impossible = [sequence for sequence, chance in exact.items() if chance == 0.0]
-    assert not any(counts.pop(sequence) for sequence in impossible)
-    assert min(exact[sequence] for sequence in counts) * len(sequences) > 5
-    return float(
-        stats.chisquare(list(counts.values()), [len(sequences) * exact[sequence] for sequence in counts]).pvalue
-    )
+    counts = Counter(sequences)
+    assert all(exact[sequence] > 0 for sequence in counts), "nothing impossible was emitted"
+    possible = [sequence for sequence, chance in exact.items() if chance > 0]
+    expected = [len(sequences) * exact[sequence] for sequence in possible]
+    assert min(expected) > 5
+    return float(stats.chisquare([counts[sequence] for sequence in possible], expected).pvalue)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [(1.0, None, None, 0.0), (0.7, 4, 0.95, 0.0), (1.3, None, None, 0.15)],
-    ids=["T=1", "T=0.7, top_k 4, top_p 0.95", "T=1.3, min_p 0.15"],
-)
+OPTIONS = {
+    "T=1": (1.0, None, None, 0.0),
+    "T=0.7, top_k 5, top_p 0.95": (0.7, 5, 0.95, 0.0),
+    "T=1.3, min_p 0.3": (1.3, None, None, 0.3),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_walks_and_plain_sampling_both_have_the_exact_distribution(options: tuple[Any, ...]) -> None:
-    nodes = prefixes(SHAPE)
-    size = len(nodes)
-    rows = list(range(0, NUM_SAMPLES * size, size))
+    rows = list(range(0, NUM_SAMPLES * len(NODES), len(NODES)))
     batch = TreeBatch([SHAPE] * NUM_SAMPLES, rows, rows, NUM_SAMPLES, 0, 0)
-    table = torch.stack([small_target(node) for node in nodes])
+    table = torch.stack([small_target(node) for node in NODES])
     outputs: list[list[int]] = [[] for _ in range(NUM_SAMPLES)]
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
-        _, walk = Verifier(Sampler()).verify(
-            batch, table.repeat(NUM_SAMPLES, 1), many(*options), outputs, frozenset()
-        )
-        # the control: the same sampler, one token at a time, until what was emitted is no node
-        at = torch.zeros(NUM_SAMPLES, dtype=torch.int64)
-        control: list[Prefix] = [()] * NUM_SAMPLES
-        for _ in range(1 + max(SHAPE.depths)):
-            tokens = Sampler()(table[at], many(*options)).sampled_token_ids[:, 0].tolist()
-            control = [
-                (*prefix, token) if prefix in nodes else prefix
-                for prefix, token in zip(control, tokens, strict=True)
-            ]
-            at = torch.tensor([nodes.index(prefix) if prefix in nodes else 0 for prefix in control])
+        verifier = Verifier(Sampler())
+        _, walk = verifier.verify(batch, table.repeat(NUM_SAMPLES, 1), many(*options), outputs, frozenset())
+        control = plain_samples(table, options)
 
-    assert len(set(walk.num_accepted.tolist())) == 1 + max(SHAPE.depths), "walks of every length are among them"
+    assert set(walk.num_accepted.tolist()) == set(range(1 + max(SHAPE.depths))), "walks of every length are among them"
     assert chi_square(control, options) > 1e-4
     assert chi_square(emitted(walk), options) > 1e-4
-    assert outputs == [[]] * NUM_SAMPLES
+    assert not any(outputs)
 
 
-def test_the_chi_square_notices_a_walk_that_follows_the_second_best_child_too_seldom() -> None:
-    options = (1.0, None, None, 0.0)
+def plain_samples(table: torch.Tensor, options: tuple[Any, ...]) -> list[Prefix]:
+    """Return what the same sampler yields one token at a time, until what it has emitted is not in the tree."""
+    index_of = {node: index for index, node in enumerate(NODES)}
+    samples: list[Prefix] = [()] * NUM_SAMPLES
+    for _ in range(1 + max(SHAPE.depths)):
+        at = torch.tensor([index_of.get(sample, 0) for sample in samples])
+        tokens = Sampler()(table[at], many(*options)).sampled_token_ids[:, 0].tolist()
+        samples = [
+            (*sample, token) if sample in index_of else sample for sample, token in zip(samples, tokens, strict=True)
+        ]
+    return samples
+
+
+def test_the_chi_square_notices_a_token_that_comes_up_a_twentieth_too_seldom() -> None:
     rng = np.random.default_rng(0)
-    nodes = prefixes(SHAPE)
-    sequences = []
-    for _ in range(NUM_SAMPLES):
-        prefix: Prefix = ()
-        while prefix in nodes:
-            chances = exact_table[prefix] if len(prefix) else skewed
-            prefix = (*prefix, int(rng.choice(SMALL_VOCAB, p=chances)))
-        sequences.append(prefix)
+    tables = {node: exact_distribution(node, *OPTIONS["T=1"]) for node in NODES}
+    tables[()] = tables[()] * np.array([1.0, 0.95, 1.0, 1.0, 1.0, 1.0])
+    cumulative = {node: np.cumsum(table / table.sum()) for node, table in tables.items()}
+    samples = []
+    for draws in rng.random((NUM_SAMPLES, 1 + max(SHAPE.depths))):
+        sample: Prefix = ()
+        while sample in cumulative:
+            sample = (*sample, int(np.searchsorted(cumulative[sample], draws[len(sample)])))
+        samples.append(sample)
 
-    assert chi_square(sequences, options) < 1e-6
-
-
-exact_table = {node: exact_distribution(node, 1.0, None, None, 0.0) for node in prefixes(SHAPE)}
-skewed = exact_table[()] * np.array([1.0, 0.97, 1.0, 1.0, 1.0, 1.0])
-skewed = skewed / skewed.sum()
+    assert chi_square(samples, OPTIONS["T=1"]) < 1e-4

@@ -132,18 +132,26 @@ def test_an_interrupted_command_exits_with_130_and_takes_its_engine_along(
     )
     arguments = ["generate", "--target", target, "--baseline", "--prompt", "a", "--prompt", "b"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path / "logs")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     # the first answer is printed when it is there, the second never comes
     assert process.stdout.readline() == "> a\n"
     engine_pid = int((tmp_path / "pid").read_text())
 
+    # `timeout` sends its signal twice, and so do impatient users
+    process.send_signal(number)
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
 
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "vllm-redrafter generate: interrupted"
+    assert list((tmp_path / "logs").iterdir()) == []
     assert not Path(f"/proc/{engine_pid}").exists() or wait_for_end(engine_pid)
 
 

@@ -42,6 +42,13 @@ def test_the_worked_example_accepts_the_beam_that_the_target_follows() -> None:
     assert result.num_accepted.tolist() == [3]
 
 
+def test_a_token_that_stands_elsewhere_in_the_tree_is_not_accepted() -> None:
+    result = greedy_walk(chain(torch.tensor([[7, 1, 2, 3]])), torch.tensor([[2, 99, 99, 99]]))
+
+    assert result.token_ids.tolist() == [[2]]
+    assert result.nodes.tolist() == [[0]]
+
+
 @settings(deadline=None, max_examples=150)
 @given(beam_cases, budgets, st.integers(0, 2**32 - 1))
 def test_a_greedy_walk_is_the_longest_path_that_the_target_follows(

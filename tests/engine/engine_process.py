@@ -42,6 +42,7 @@ OPTIONS = {
     # what the tiny targets need: a GiB of zeros takes longer than the test
     "num_gpu_blocks_override": 512,
     "seed": 0,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 
 

@@ -75,15 +75,13 @@ def attend_to_every_earlier_node() -> Iterator[None]:
 
 
 @contextmanager
-def draft_from_the_root() -> Iterator[None]:
-    """Take the drafter's hidden state from the root's row: harmless, but useless drafts."""
+def draft_from_the_neighbours_state() -> Iterator[None]:
+    """Hand the drafter the hidden state of another request: useless drafts, and no other text."""
     from vllm_redrafter.adapter.runner import TreeModelRunner
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def propose(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            import torch
-
-            self._last_rows = torch.tensor(self._batch.logit_rows)
+            self._last_rows = self._last_rows.roll(1)
             return original(self, *arguments, **keywords)
 
         return propose
@@ -107,8 +105,8 @@ def draft_trees_for_grammars() -> Iterator[None]:
 
 
 @contextmanager
-def hide_accepted_tokens_from_penalties() -> Iterator[None]:
-    """Draw at every depth as if nothing had been accepted in this step."""
+def hide_accepted_tokens_from_the_sampler() -> Iterator[None]:
+    """Draw at every depth as if nothing had been accepted in this step: for penalties, bad words and the like."""
     from vllm_redrafter.adapter.verification import _SamplerDraw
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:

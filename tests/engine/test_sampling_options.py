@@ -44,7 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "three samples": {**SEEDED, "n": 3},
     "text left out": {**GREEDY, "detokenize": False},
 }
-# stop strings need the text, which "text left out" denies
 LOGPROBS = {
     "greedy": {**GREEDY, "logprobs": 5, "prompt_logprobs": 3},
     "sampled": {**SEEDED, "logprobs": 2},
@@ -142,11 +141,14 @@ SCHEMA = {
     "required": ["name", "kind", "count"],
     "additionalProperties": False,
 }
+# every text fits it, but for a dot in every eighth place: drafts pass, and the place of each one matters
+DOTTED = r"([^.]{7}\.){8}"
 REGEX = r"([a-f]{2}|[x-z]{3})(-[0-9]{4}){1,5}\."
 CHOICES = ["alpha", "alphabet", "beta", "gamma"]
 GRAMMARS: dict[str, dict[str, Any]] = {
     "regex": {"regex": REGEX},
-    "json": {"json": SCHEMA, "disable_any_whitespace": True},
+    "dotted": {"regex": DOTTED},
+    "json": {"json": SCHEMA},
     "choice": {"choice": CHOICES},
 }
 
@@ -157,8 +159,8 @@ def grammar_workload(pair: TinyPair, name: str, **sampling: Any) -> Workload:
 
 
 def is_valid(name: str, text: str) -> bool:
-    if name == "regex":
-        return re.fullmatch(REGEX, text) is not None
+    if name in ("regex", "dotted"):
+        return re.fullmatch(REGEX if name == "regex" else DOTTED, text) is not None
     if name == "choice":
         return text in CHOICES
     value = json.loads(text)
@@ -184,6 +186,8 @@ def test_structured_outputs_are_valid_and_those_of_plain_vllm(
         assert is_valid(name, texts[0]), texts[0]
     assert drafted.stats["num_linear_drafts"] > 0
     assert drafted.stats["num_branching_trees"] == 0
+    if name == "dotted":
+        assert drafted.stats["num_accepted_tokens"] > 0
 
 
 def test_trees_and_grammars_share_a_batch(engines: EnginePool, tiny_pair: TinyPair) -> None:

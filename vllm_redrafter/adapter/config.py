@@ -113,7 +113,7 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     checkpoint.check_against_target(
         config, hidden_size=target.get_hidden_size(), vocab_size=target.get_vocab_size(), target=target.model
     )
-    if Path(target.tokenizer or "").is_dir():
+    if target.tokenizer and Path(target.tokenizer).is_dir():
         checkpoint.check_tokenizer(directory, Path(target.tokenizer))
 
     num_nodes = request.get("num_speculative_tokens", config.num_speculative_tokens)

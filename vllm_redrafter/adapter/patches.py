@@ -100,6 +100,8 @@ CONTRACTS = (
         ("target_model_config", "target_parallel_config"),
     ),
     Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
+    Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
+    Contract(_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
     Contract(_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
     Contract(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
     Contract(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_BYTES_PER_ENGINE = 5 * 2**29
-"""An engine without its weights: libraries 1 GiB, KV cache 1 GiB, room."""
+_BYTES_PER_ENGINE = 2 * 2**30
+"""An engine without its weights: KV cache 1 GiB, libraries and buffers half of that, room."""
 
 
 def engines_fit(target: str, num_engines: int) -> bool:

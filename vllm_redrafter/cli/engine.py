@@ -65,8 +65,8 @@ class Engine:
         self._died = False
 
     def __enter__(self) -> Engine:
-        self._spawn()
         try:
+            self._spawn()
             self._receive()
         except BaseException:
             self._close(at_once=True)
@@ -151,19 +151,21 @@ class Engine:
         process, events = self._process, self._events
         if process is None or process.stdin is None or events is None:
             return
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        if not at_once:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_CLOSE_SECONDS)
-        # the whole session: workers outlive a parent that was killed
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        events.close()
-        if self._log is not None and not self._died:
-            self._log.unlink()
-        self._process = None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            if not at_once:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_CLOSE_SECONDS)
+        finally:
+            # the whole session: workers outlive a parent that was killed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            events.close()
+            if self._log is not None and not self._died:
+                self._log.unlink()
+            self._process = None
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process is not None

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
     arguments = build_parser().parse_args(argv)
     try:
-        with _terminated_like_interrupted():
+        with _interruptible_once():
             status: int = arguments.run(arguments)
             sys.stdout.flush()
         return status
@@ -54,17 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that engines are ended."""
+def _interruptible_once() -> Iterator[None]:
+    """Let SIGINT and SIGTERM unwind the stack, so that engines are ended; a second one does not disturb that."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class Target:
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
         _check_supported(model, max_length)
         self.model = model
-        self.embed: Embed = model.get_input_embeddings()
+        # the table's own rows: some models' embedding modules scale what they return, and serving engines do not
+        table = model.get_input_embeddings().weight
+        self.embed: Embed = lambda token_ids: functional.embedding(token_ids, table)
         self.head: Any = model.get_output_embeddings()
         # without the config every layer keeps all tokens: sliding layers could not forget the rejected ones
         self.cache = DynamicCache()

@@ -1,8 +1,8 @@
 """The recurrent drafter: an RNN over token embeddings, conditioned on one hidden state of the target.
 
 Equations: arXiv 2403.09919, section 3.1, as Apple's code has them. With h the target's last hidden state (after its
-final norm) at the last token whose keys and values are cached, E the target's embedding, s_0 = 0 and g_0 the token
-that the target has just chosen:
+final norm) at the last token whose keys and values are cached, E the target's embedding table without any scaling,
+s_0 = 0 and g_0 the token that the target has just chosen:
 
     s_t = SiLU(W_w E(g_{t-1}) + W_u s_{t-1} + b_u)          (rnn)
     s_t = s_{t-1} + E(g_{t-1})                              (no rnn)
@@ -10,7 +10,7 @@ that the target has just chosen:
     x   = x + SiLU(A_i x + a_i)                             for every residual block i
     logits of g_t = W_o x
 
-The drafter owns neither E nor, when tied, W_o: both are lent by the target (`TargetTables`).
+The drafter owns neither E nor, when tied, W_o: both are lent by the target.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _depth_first(
     lineage = above.bool() & valid[:, :, None]
 
     sizes = lineage.sum(dim=1)  # [batch, N]: nodes of every subtree
-    earlier_sibling = (parents[:, :, None] == parents[:, None]) & (ranks[:, None] > ranks) & valid[:, None]
+    earlier_sibling = (parents[:, :, None] == parents[:, None]) & (ranks[:, None] > ranks)
     step = 1 + (earlier_sibling * sizes[:, None]).sum(dim=2)  # places from the parent to the node
     positions = (lineage * step[:, None]).sum(dim=2)  # [batch, N], 1-based: the root is node 0
     positions = torch.where(valid, positions, 1 + ranks)

@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from vllm_redrafter.adapter import config, patches
+from vllm_redrafter.adapter.config import UNSUPPORTED, ReDrafterOptions, read_options, translate
+from vllm_redrafter.adapter.patches import PROPOSER_PATH, ContractCheck
+from vllm_redrafter.core.checkpoint import save_drafter
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
+
+HIDDEN, VOCAB = 32, 48
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a drafter that fits the target."""
+    torch.manual_seed(0)
+    chosen = ReDrafterConfig(
+        HIDDEN, VOCAB, num_draft_layers=1, beam_width=3, draft_length=5, num_speculative_tokens=10, verifier="a/target"
+    )
+    directory = tmp_path_factory.mktemp("drafters") / "drafter"
+    save_drafter(ReDrafter(chosen), directory)
+    return str(directory)
+
+
+@pytest.fixture
+def copy_of(drafter: str, tmp_path: Path) -> Callable[..., str]:
+    """Makes a copy of the drafter with other tensors."""
+
+    def copied(edit: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None) -> str:
+        (tmp_path / "config.json").write_text((Path(drafter) / "config.json").read_text())
+        tensors = load_file(Path(drafter) / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, tmp_path / "model.safetensors")
+        return str(tmp_path)
+
+    return copied
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What is logged as a warning: vLLM's loggers do not propagate to pytest's."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    collector = Collector(logging.WARNING)
+    config.logger.addHandler(collector)
+    yield messages
+    config.logger.removeHandler(collector)
+
+
+def target_config(**changes: Any) -> SimpleNamespace:
+    """Return what is read of vLLM's ModelConfig; a test below holds it against a real one."""
+    found = {
+        "model": "a/target",
+        "tokenizer": None,
+        "get_hidden_size": lambda: HIDDEN,
+        "get_vocab_size": lambda: VOCAB,
+        "hf_text_config": SimpleNamespace(),
+        "use_mla": False,
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "uses_mrope": False,
+        "is_multimodal_model": False,
+        "is_encoder_decoder": False,
+    }
+    return SimpleNamespace(**(found | changes))
+
+
+def parallel_config(**changes: Any) -> SimpleNamespace:
+    found = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "worker_cls": "auto"}
+    return SimpleNamespace(**(found | changes))
+
+
+def engine_args(request: dict[str, Any], **changes: Any) -> SimpleNamespace:
+    found = {"speculative_config": request, "additional_config": None, "kv_transfer_config": None}
+    return SimpleNamespace(**(found | changes))
+
+
+def options_for(request: dict[str, Any], **changes: Any) -> ReDrafterOptions:
+    """Return what `translate` hands to the other processes."""
+    arguments = engine_args({"method": "redrafter", **request})
+    translate(arguments, target_config(**changes), parallel_config())
+    return ReDrafterOptions.of(arguments)
+
+
+# what is understood
+
+
+def test_what_is_left_out_comes_from_the_drafters_config(drafter: str) -> None:
+    options = options_for({"model": drafter})
+
+    assert options == ReDrafterOptions(drafter, 10, beam_width=3, draft_length=5, budget="auto")
+    assert options.shape == (3, 5)
+
+
+def test_what_is_given_counts(drafter: str) -> None:
+    request = {"num_speculative_tokens": 63, "beam_width": 1, "draft_length": 2, "budget": "fixed"}
+
+    assert options_for({"model": drafter, **request}) == ReDrafterOptions(drafter, 63, 1, 2, "fixed")
+
+
+def test_keys_may_be_spelled_with_dashes(drafter: str) -> None:
+    options = options_for({"model": drafter, "num-speculative-tokens": 7, "beam-width": 2, "draft-length": 3})
+
+    assert options == ReDrafterOptions(drafter, 7, 2, 3, "auto")
+
+
+def test_apples_beam_length_counts_the_init_token(drafter: str) -> None:
+    assert options_for({"model": drafter, "beam_length": 5}) == options_for({"model": drafter, "draft_length": 4})
+
+
+def test_vllm_gets_a_config_that_it_knows_and_the_callers_is_left_alone(drafter: str) -> None:
+    request = {"method": "redrafter", "model": drafter, "num_speculative_tokens": 4}
+    arguments = engine_args(dict(request), additional_config={"theirs": 1})
+    parallel = parallel_config()
+
+    translated = translate(arguments, target_config(), parallel)
+
+    assert translated == {"method": "custom_class", "model": PROPOSER_PATH, "num_speculative_tokens": 4}
+    assert arguments.speculative_config == request
+    assert arguments.additional_config["theirs"] == 1
+    assert parallel.worker_cls == config.WORKER_PATH
+    # it travels to other processes as plain values
+    assert json.loads(json.dumps(arguments.additional_config)) == arguments.additional_config
+
+
+def test_a_real_vllm_config_is_made_of_it_without_an_engine(
+    drafter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)
+    for patch in patches.PATCHES[:1]:
+        monkeypatch.setattr(EngineArgs, patch.name, patch.wrap(getattr(EngineArgs, patch.name)))
+    request = {"method": "redrafter", "model": drafter, "num_speculative_tokens": 6}
+    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, dtype="float32", speculative_config=request)
+
+    made = arguments.create_engine_config()
+
+    assert made.speculative_config.method == "custom_class"
+    assert made.speculative_config.num_speculative_tokens == 6
+    assert patches.is_redrafter(made.speculative_config)
+    assert made.parallel_config.worker_cls == config.WORKER_PATH
+    assert ReDrafterOptions.of(made) == ReDrafterOptions(drafter, 6, 3, 5, "auto")
+    assert arguments.speculative_config == request
+    for name in vars(target_config()):
+        assert hasattr(made.model_config, name)
+    for name in vars(parallel_config()):
+        assert hasattr(made.parallel_config, name)
+    for name in vars(engine_args({})):
+        assert hasattr(arguments, name)
+
+
+# what is refused: values
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"beam_widht": 3}, "unknown key 'beam_widht' for method 'redrafter': did you mean 'beam_width'?"),
+        ({"num-speculative-token": 3}, "'num_speculative_token'.*did you mean 'num_speculative_tokens'?"),
+        ({"zzz": 1}, "unknown key 'zzz'.*known are method, model, revision, num_speculative_tokens, beam_width"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0, but it must lie between 1 and 63"),
+        ({"num_speculative_tokens": 64}, "num_speculative_tokens is 64, but it must lie between 1 and 63"),
+        ({"num_speculative_tokens": "8"}, "num_speculative_tokens is '8', but it must lie between 1 and 63"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens is True"),
+        ({"num_speculative_tokens": None}, "num_speculative_tokens is None"),
+        ({"beam_width": 0}, "beam_width is 0, but it must be an integer of at least 1"),
+        ({"beam_width": 2.5}, "beam_width is 2.5, but it must be an integer of at least 1"),
+        ({"draft_length": 0}, "draft_length is 0, but it must be an integer of at least 1"),
+        ({"draft_length": -3}, "draft_length is -3"),
+        ({"beam_length": 0}, "beam_length is 0, but it must be an integer of at least 1"),
+        ({"beam_length": 1}, "beam_length is 1, but it counts the init token: it must be at least 2"),
+        ({"beam_length": 5, "draft_length": 4}, "draft_length and beam_length are both given.*keep one"),
+        ({"budget": "never"}, 'budget is \'never\', but it must be "auto" or "fixed"'),
+        ({"budget": None}, "budget is None"),
+        ({"revision": "main"}, "revision 'main' was given with the directory.*leave it out"),
+    ],
+    ids=lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_wrong_value_is_refused_with_the_rule_and_the_remedy(
+    drafter: str, request_: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        options_for({"model": drafter, **request_})
+
+
+@pytest.mark.parametrize("model", [{}, {"model": ""}, {"model": None}, {"model": 3}])
+def test_a_request_without_a_drafter_is_refused(model: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='has no "model": name the drafter\'s directory or Hub id'):
+        options_for(model)
+
+
+@pytest.mark.parametrize(("given", "warned"), [(5, False), (6, True), (1, False)])
+def test_drafting_deeper_than_trained_is_warned_about(
+    drafter: str, warnings: list[str], given: int, warned: bool
+) -> None:
+    assert options_for({"model": drafter, "draft_length": given}).draft_length == given
+
+    expected = ["draft_length is 6, but the drafter was trained for 5: tokens beyond that are seldom accepted"]
+    assert warnings == (expected if warned else [])
+
+
+# what is refused: drafters
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no drafter at .*nowhere.*: pass a directory with config\.json or a Hub id"):
+        options_for({"model": str(tmp_path / "nowhere")})
+
+
+def test_a_directory_without_a_drafter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json in"):
+        options_for({"model": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"model_type": "eagle", "architectures": ["EAGLEModel"]}, "eagle"),
+        ({"model_type": "medusa"}, "medusa"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "llama"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused_by_its_name(tmp_path: Path, fields: dict[str, Any], kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+
+    with pytest.raises(ValueError, match=rf"is an? {kind} model, not a ReDrafter drafter"):
+        options_for({"model": str(tmp_path)})
+
+
+def test_pickled_weights_are_refused_and_not_opened(drafter: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(drafter) / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"would run code")
+
+    with pytest.raises(ValueError, match=r"pickled weights only \(pytorch_model.bin\).*convert to safetensors"):
+        options_for({"model": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop("rnn_u.weight"), r"missing: rnn_u.weight \[32, 32\]"),
+        (lambda tensors: tensors.update(more=torch.zeros(2)), r"not expected: more \[2\]"),
+        (lambda tensors: tensors.update({"rnn_u.bias": torch.zeros(3)}), r"rnn_u.bias \(expected \[32\], found \[3\]"),
+        (lambda tensors: tensors["rnn_u.bias"].fill_(float("nan")), "'rnn_u.bias'.*holds NaN or infinity"),
+    ],
+    ids=["missing", "extra", "misshapen", "NaN"],
+)
+def test_tensors_that_are_not_a_drafters_are_refused_by_name(
+    copy_of: Callable[..., str], edit: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        options_for({"model": copy_of(edit)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"get_hidden_size": lambda: 64}, "hidden_size 32 where the target has 64"),
+        ({"get_vocab_size": lambda: 50257}, "vocab_size 48 where the target has 50257"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused_with_both_sizes(drafter: str, change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"\(trained for 'a/target'\) does not fit the target 'a/target'.*{message}"):
+        options_for({"model": drafter}, **change)
+
+
+def test_a_drafter_with_another_tokenizer_is_refused(copy_of: Callable[..., str], tmp_path: Path) -> None:
+    def tokenizer(directory: Path, **vocabulary: int) -> None:
+        directory.mkdir(exist_ok=True)
+        (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+
+    directory = copy_of()
+    tokenizer(Path(directory), a=0, b=1)
+    same, other = tmp_path / "same", tmp_path / "other"
+    tokenizer(same, a=0, b=1)
+    tokenizer(other, a=1, b=0)
+
+    assert options_for({"model": directory}, tokenizer=str(same)).model == directory
+    with pytest.raises(ValueError, match="tokenizer is not the target's: 2 tokens"):
+        options_for({"model": directory}, tokenizer=str(other))
+
+
+# what is refused: combinations
+
+
+@pytest.mark.parametrize(
+    ("feature", "target", "parallel", "arguments"),
+    [
+        ("pipeline parallelism", {}, {"pipeline_parallel_size": 2}, {}),
+        ("decode context parallelism", {}, {"decode_context_parallel_size": 2}, {}),
+        ("MLA (DeepSeek-like) targets", {"use_mla": True}, {}, {}),
+        ("Mamba, linear-attention and hybrid targets", {"is_hybrid": True}, {}, {}),
+        ("Mamba, linear-attention and hybrid targets", {"is_attention_free": True}, {}, {}),
+        ("M-RoPE and multimodal targets", {"uses_mrope": True}, {}, {}),
+        ("M-RoPE and multimodal targets", {"is_multimodal_model": True}, {}, {}),
+        ("encoder-decoder targets", {"is_encoder_decoder": True}, {}, {}),
+        ("cross-layer KV sharing", {"hf_text_config": SimpleNamespace(num_kv_shared_layers=10)}, {}, {}),
+        ("KV connectors", {}, {}, {"kv_transfer_config": object()}),
+    ],
+)
+def test_a_combination_that_we_do_not_do_is_refused_with_the_reason(
+    drafter: str, feature: str, target: dict[str, Any], parallel: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    made = engine_args({"method": "redrafter", "model": drafter}, **arguments)
+    before = dict(vars(made))
+
+    with pytest.raises(NotImplementedError) as raised:
+        translate(made, target_config(**target), parallel_config(**parallel))
+
+    reason = dict(UNSUPPORTED)[feature]
+    assert str(raised.value) == (
+        f"redrafter does not support {feature}, because {reason}: run without speculation, or without this feature"
+    )
+    assert vars(made) == before
+
+
+def test_runner_v2_is_refused(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+    with pytest.raises(NotImplementedError, match="does not support model runner V2, because"):
+        options_for({"model": drafter})
+
+
+def test_other_platforms_are_refused(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+
+    with pytest.raises(NotImplementedError, match="does not support platforms other than CPU, because"):
+        options_for({"model": drafter})
+
+
+def test_each_unsupported_feature_has_its_check_here() -> None:
+    [parametrize] = test_a_combination_that_we_do_not_do_is_refused_with_the_reason.pytestmark  # type: ignore[attr-defined]
+    tested = {case[0] for case in parametrize.args[1]} | {"model runner V2", "platforms other than CPU"}
+
+    assert tested == {feature for feature, _ in UNSUPPORTED}
+
+
+def test_a_worker_of_the_users_own_is_refused(drafter: str) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter})
+
+    with pytest.raises(NotImplementedError, match=r"brings its own worker, but worker_cls is 'my\.Worker'"):
+        translate(arguments, target_config(), parallel_config(worker_cls="my.Worker"))
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0", "0.32.0rc1"])
+def test_a_vllm_that_was_not_tested_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_vllm_version", lambda: Version(version))
+
+    with pytest.raises(ValueError, match=rf"vLLM {version} is outside the range.*>=0\.32\.0, <0\.33"):
+        options_for({"model": "anything"})
+
+
+def test_the_installed_vllm_and_its_patch_releases_are_inside_the_range(
+    drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.TESTED_VLLM[0] <= config._vllm_version() < config.TESTED_VLLM[1]
+    monkeypatch.setattr(config, "_vllm_version", lambda: Version("0.32.7"))
+
+    assert options_for({"model": drafter}).model == drafter
+
+
+def test_a_vllm_that_was_changed_is_refused_before_the_drafter_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [ContractCheck("vllm.fine", True, "as known"), ContractCheck("vllm.Sampler.forward", False, "not there")]
+    monkeypatch.setattr(patches, "check_contracts", lambda: checks)
+
+    with pytest.raises(ValueError, match=r"\(vllm\.Sampler\.forward: not there\): run `vllm-redrafter doctor`"):
+        options_for({"model": "anything"})
+
+
+def test_options_can_be_read_without_vllms_arguments(drafter: str) -> None:
+    assert read_options({"model": drafter, "beam_width": 2}, target_config()).beam_width == 2

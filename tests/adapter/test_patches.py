@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_redrafter.adapter import config, patches
+from vllm_redrafter.adapter.patches import CONTRACTS, PATCHES, PROPOSER_PATH, Contract, ContractCheck, Patch
+
+
+@pytest.fixture
+def upstream(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module in the place of vLLM's, so that nothing real is wrapped."""
+    module = ModuleType("fake_upstream")
+
+    class Owner:
+        calls: list[tuple[Any, ...]] = []  # noqa: RUF012
+
+        def method(self, first: Any, second: Any = 2) -> str:
+            """Upstream's own words."""
+            self.calls.append((self, first, second))
+            return "original"
+
+    module.Owner = Owner  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_upstream", module)
+    return module
+
+
+def wrapped(name: str, original: Any) -> Any:
+    [patch] = [patch for patch in PATCHES if patch.name == name]
+    return patch.wrap(original)
+
+
+class Recorder:
+    """A function of vLLM's that remembers what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.result = object()
+
+    def method(self) -> Any:
+        def original(*args: Any) -> Any:
+            self.calls.append(args)
+            return self.result
+
+        return original
+
+
+# contracts
+
+
+def test_the_installed_vllm_is_as_we_know_it() -> None:
+    checks = patches.check_contracts()
+
+    assert [check for check in checks if not check.ok] == []
+    assert len(checks) == len(CONTRACTS)
+    assert {check.reason for check in checks} == {"as known"}
+
+
+def test_everything_that_is_wrapped_has_a_contract_and_a_reason() -> None:
+    names = {(contract.module, contract.qualified_name) for contract in CONTRACTS}
+
+    for patch in PATCHES:
+        assert (patch.module, f"{patch.owner}.{patch.name}") in names
+        assert patch.why
+        assert patch.remove_when
+
+
+def test_every_method_that_our_classes_override_has_a_contract() -> None:
+    from vllm_redrafter.adapter.attention import TreeAttentionImpl
+    from vllm_redrafter.adapter.runner import TreeModelRunner
+    from vllm_redrafter.adapter.worker import ReDrafterCPUWorker
+
+    known = {contract.qualified_name.split(".")[-1] for contract in CONTRACTS}
+    for ours in (TreeAttentionImpl, TreeModelRunner, ReDrafterCPUWorker):
+        overridden = {
+            name
+            for name, member in vars(ours).items()
+            if inspect.isfunction(member) and name != "__init__" and any(hasattr(base, name) for base in ours.__bases__)
+        }
+        assert overridden <= known, overridden - known
+
+
+def test_a_changed_signature_is_reported_with_what_was_found(
+    upstream: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contracts = (
+        Contract("fake_upstream", "Owner.method", ("first",)),
+        Contract("fake_upstream", "Owner.method", ("second", "first")),
+        Contract("fake_upstream", "Owner.gone", ()),
+        Contract("no_such_module.at_all", "function", ()),
+    )
+    monkeypatch.setattr(patches, "CONTRACTS", contracts)
+
+    assert patches.check_contracts() == [
+        ContractCheck("fake_upstream.Owner.method", True, "as known"),
+        ContractCheck(
+            "fake_upstream.Owner.method", False, "takes (first, second), but (second, first, ...) is what we know"
+        ),
+        ContractCheck("fake_upstream.Owner.gone", False, "not there"),
+        ContractCheck("no_such_module.at_all.function", False, "not there"),
+    ]
+
+
+def test_wrapping_hides_no_signature_from_the_contracts() -> None:
+    for patch in PATCHES:
+        original = getattr(getattr(importlib.import_module(patch.module), patch.owner), patch.name)
+        assert inspect.signature(patch.wrap(original)) == inspect.signature(original)
+
+
+# installing
+
+
+def forwarding(original: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ("wrapped", original(self, *args, **kwargs))
+
+    return method
+
+
+def test_installing_twice_wraps_once(upstream: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "PATCHES", (Patch("fake_upstream", "Owner", "method", forwarding, "", ""),))
+
+    patches.install()
+    once = upstream.Owner.method
+    patches.install()
+
+    assert upstream.Owner.method is once
+    assert upstream.Owner().method(1) == ("wrapped", "original")
+
+
+def test_what_is_not_there_is_left_out_and_the_rest_is_installed(
+    upstream: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = [("fake_upstream", "Owner", "gone"), ("fake_upstream", "Gone", "method"), ("no_such_module", "A", "b")]
+    chosen = [Patch(*place, forwarding, "", "") for place in (*missing, ("fake_upstream", "Owner", "method"))]
+    monkeypatch.setattr(patches, "PATCHES", tuple(chosen))
+
+    patches.install()
+
+    assert not hasattr(upstream.Owner, "gone")
+    assert upstream.Owner().method(1) == ("wrapped", "original")
+
+
+# the wrappers
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        SimpleNamespace(speculative_config=None, spec_method=None),
+        SimpleNamespace(speculative_config={}, spec_method=None),
+        SimpleNamespace(speculative_config={"method": "ngram", "num_speculative_tokens": 4}, spec_method=None),
+        SimpleNamespace(speculative_config={"model": "some/drafter"}, spec_method=None),
+        SimpleNamespace(speculative_config={"num_speculative_tokens": 4}, spec_method="ngram"),
+    ],
+    ids=["no speculation", "empty", "ngram", "no method", "method by flag"],
+)
+def test_who_does_not_ask_for_us_gets_the_original_with_the_same_arguments_and_result(
+    arguments: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "translate", lambda *args: pytest.fail("translated"))
+    recorder = Recorder()
+    before = dict(arguments.speculative_config or {})
+    target, parallel = object(), object()
+
+    result = wrapped("create_speculative_config", recorder.method())(arguments, target, parallel)
+
+    assert result is recorder.result
+    assert [tuple(map(id, call)) for call in recorder.calls] == [(id(arguments), id(target), id(parallel))]
+    assert (arguments.speculative_config or {}) == before
+
+
+def test_who_asks_for_us_gets_the_original_with_a_config_that_vllm_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    requested, translated = {"method": "redrafter"}, {"method": "custom_class"}
+    arguments = SimpleNamespace(speculative_config=requested)
+    seen = []
+
+    def translate(*args: Any) -> dict[str, str]:
+        seen.append(args)
+        return translated
+
+    def original(*args: Any) -> str:
+        seen.append(args)
+        assert arguments.speculative_config is translated
+        return "result"
+
+    monkeypatch.setattr(config, "translate", translate)
+    target, parallel = object(), object()
+
+    create = wrapped("create_speculative_config", original)
+    result = create(arguments, target_model_config=target, target_parallel_config=parallel)
+
+    assert result == "result"
+    assert seen == [(arguments, target, parallel)] * 2
+    assert arguments.speculative_config is requested, "the same arguments may make another engine"
+
+
+def test_a_refusal_reaches_the_user_before_vllm_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def translate(*args: Any) -> None:
+        raise ValueError("one sentence")
+
+    monkeypatch.setattr(config, "translate", translate)
+    recorder = Recorder()
+    arguments = SimpleNamespace(speculative_config={"method": "redrafter"})
+
+    with pytest.raises(ValueError, match=r"^one sentence$"):
+        wrapped("create_speculative_config", recorder.method())(arguments, object(), object())
+
+    assert recorder.calls == []
+    assert arguments.speculative_config == {"method": "redrafter"}
+
+
+def test_sampling_parameters_are_validated_as_always_unless_the_drafter_is_ours() -> None:
+    recorder = Recorder()
+    validate = wrapped("_validate_spec_decode", recorder.method())
+    parameters, ngram = object(), SimpleNamespace(model="ngram")
+
+    assert validate(parameters, ngram) is recorder.result
+    assert validate(parameters, None) is recorder.result
+    assert validate(parameters, SimpleNamespace(model=PROPOSER_PATH)) is None
+    assert recorder.calls == [(parameters, ngram), (parameters, None)]
+
+
+def test_vllm_refuses_min_p_with_other_drafters_and_takes_it_with_ours() -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    # wrapped already where the plugin is installed: the wrapper does not care
+    validate = wrapped("_validate_spec_decode", SamplingParams._validate_spec_decode)
+    for parameters in (SamplingParams(min_p=0.1), SamplingParams(logit_bias={3: 1.0})):
+        with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+            validate(parameters, SimpleNamespace(model="ngram"))
+        validate(parameters, SimpleNamespace(model=PROPOSER_PATH))
+        validate(parameters, None)
+
+
+def test_the_path_of_the_proposer_leads_to_a_class_that_vllm_can_build() -> None:
+    module, name = PROPOSER_PATH.rsplit(".", 1)
+
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+
+    assert list(parameters) == ["vllm_config"]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from vllm_redrafter.adapter import patches, plugin
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
+    found = [each for each in metadata.entry_points(group="vllm.general_plugins") if each.name == "redrafter"]
+    if not found:
+        pytest.skip("vllm-redrafter is not installed in this environment")
+
+    assert {each.load() for each in found} == {plugin.register}
+
+
+def test_importing_the_plugin_imports_nothing_heavy() -> None:
+    code = "import sys, vllm_redrafter.adapter.plugin; print({'torch', 'vllm', 'transformers'} & {*sys.modules})"
+
+    assert run_python(code).strip() == "set()"
+
+
+def test_registering_does_not_raise_where_vllm_is_missing_or_hollow() -> None:
+    missing = "import sys; sys.modules['vllm'] = None\n"
+    hollow = (
+        "import sys, types\n"
+        "for name in ('vllm', 'vllm.engine', 'vllm.engine.arg_utils', 'vllm.sampling_params'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "    sys.modules[name].__path__ = []\n"
+    )
+    for prepare in (missing, hollow):
+        code = "from vllm_redrafter.adapter.plugin import register; register(); register(); print('alive')"
+
+        assert run_python(prepare + code).strip() == "alive"
+
+
+def test_registering_again_changes_nothing() -> None:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    before = (EngineArgs.create_speculative_config, SamplingParams._validate_spec_decode)
+    plugin.register()
+
+    assert (EngineArgs.create_speculative_config, SamplingParams._validate_spec_decode) == before
+    assert [function._redrafter_patch.name for function in before] == [patch.name for patch in patches.PATCHES]

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_redrafter.adapter import step_times
+
+
+class StubRunner:
+    """A model runner whose passes take what a table says, on a clock of its own."""
+
+    def __init__(self, seconds: Any, max_num_tokens: int = 1000) -> None:
+        self.seconds, self.max_num_tokens = seconds, max_num_tokens
+        self.now = 0.0
+        self.passes: list[int] = []
+        self.logit_rows: list[int] = []
+        self.model = SimpleNamespace(compute_logits=self._compute_logits)
+
+    def _dummy_run(self, num_rows: int) -> tuple[torch.Tensor, None]:
+        self.now += self.seconds(num_rows, self.passes.count(num_rows))
+        self.passes.append(num_rows)
+        # vLLM pads passes
+        return torch.zeros(num_rows + 3, 2), None
+
+    def _compute_logits(self, hidden_states: torch.Tensor) -> None:
+        self.logit_rows.append(len(hidden_states))
+
+
+def measure(monkeypatch: pytest.MonkeyPatch, runner: StubRunner, most_rows: int) -> Any:
+    monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: runner.now))
+    return step_times.measure(runner, most_rows)
+
+
+def test_the_quickest_of_three_passes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = StubRunner(lambda rows, repeat: 1e-3 * rows + (0.0, 5e-3, 1e-3)[repeat])
+
+    times = measure(monkeypatch, runner, 4)
+
+    assert times.rows.tolist() == [1, 2, 3, 4]
+    assert times.seconds.tolist() == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
+    assert runner.passes == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert runner.logit_rows == runner.passes, "the head is part of a pass, its padding is not"
+
+
+@pytest.mark.parametrize(("most_rows", "max_num_tokens", "largest"), [(9, 1000, 8), (1000, 45, 32), (9999, 9999, 256)])
+def test_no_pass_is_larger_than_what_may_come(
+    monkeypatch: pytest.MonkeyPatch, most_rows: int, max_num_tokens: int, largest: int
+) -> None:
+    runner = StubRunner(lambda rows, repeat: 1e-6, max_num_tokens)
+
+    assert measure(monkeypatch, runner, most_rows).rows[-1] == largest
+
+
+def test_a_pass_of_fewer_rows_is_never_said_to_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    disturbed = {1: 1.0, 2: 9.0, 3: 2.0, 4: 4.0, 5: 3.0}
+    runner = StubRunner(lambda rows, repeat: 1e-3 * disturbed[rows])
+
+    times = measure(monkeypatch, runner, 5)
+
+    assert times.seconds.tolist() == pytest.approx([1e-3, 2e-3, 2e-3, 3e-3, 3e-3])
+    assert (np.diff(times.seconds) >= 0).all()
+
+
+def test_slow_models_are_not_measured_for_longer_than_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = StubRunner(lambda rows, repeat: 1.0 * rows)
+
+    times = measure(monkeypatch, runner, 64)
+
+    assert times.rows.tolist() == [1, 2, 3]  # 3 + 6 + 9 seconds
+    assert times.at(np.array([6.0])).tolist() == pytest.approx([6.0])
+
+
+def test_the_table_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(step_times.logger, "info", lambda message, *args: messages.append(message % args))
+
+    measure(monkeypatch, StubRunner(lambda rows, repeat: 1e-3 * rows), 3)
+
+    assert messages == ["Forward passes measured for the draft budget, rows: milliseconds: 1: 1.0, 2: 2.0, 3: 3.0"]
