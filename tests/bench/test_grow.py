@@ -116,17 +116,18 @@ def test_a_grown_target_has_the_shape_asked_for(tmp_path: Path) -> None:
     assert num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("factor", [1, 3, 4])
+@pytest.mark.parametrize("keep_exit", [False, True])
+@pytest.mark.parametrize("factor", [1, 4])
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_a_grown_drafter_drafts_for_the_grown_target_what_the_small_one_does(
-    kind: str, factor: int, tmp_path: Path
+    kind: str, factor: int, keep_exit: bool, tmp_path: Path
 ) -> None:
     make_target(tmp_path / "small", TARGETS["tied"])
     make_drafter(tmp_path / "drafter", DRAFTERS[kind])
     _, hidden = logits_and_hidden(tmp_path / "small", random_ids(40, (3, 5)))
 
     grow_target(tmp_path / "small", tmp_path / "large", TargetShape(factor))
-    grow_drafter(tmp_path / "drafter", tmp_path / "large_drafter", factor)
+    grow_drafter(tmp_path / "drafter", tmp_path / "large_drafter", factor, keep_exit=keep_exit)
 
     hidden = hidden[:, -1]
     drafts = draft(tmp_path / "drafter", tmp_path / "small", hidden)
@@ -136,6 +137,19 @@ def test_a_grown_drafter_drafts_for_the_grown_target_what_the_small_one_does(
     assert torch.equal(grown_drafts.parents, drafts.parents)
     # the order of summation differs
     torch.testing.assert_close(grown_drafts.log_probs, drafts.log_probs, atol=1e-4, rtol=1e-5)
+
+
+def test_blocks_and_head_keep_their_width_if_asked_for(tmp_path: Path) -> None:
+    make_drafter(tmp_path / "small", DRAFTERS["own head, no projection"])
+
+    grow_drafter(tmp_path / "small", tmp_path / "wide", 4)
+    num_parameters = grow_drafter(tmp_path / "small", tmp_path / "kept", 4, keep_exit=True)
+
+    wide, kept = (checkpoint.load_drafter(tmp_path / name) for name in ("wide", "kept"))
+    assert (wide.config.exit_dim, wide.config.has_input_proj) == (192, False)
+    assert (kept.config.exit_dim, kept.config.has_input_proj) == (48, True)
+    assert kept.input_proj.weight.shape == (48, 192)
+    assert num_parameters == sum(parameter.numel() for parameter in kept.parameters())
 
 
 def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ class Result:
     """What vLLM's own counters counted during the workload, by their names."""
     num_engine_steps: int
     seconds: float
+    has_plugin: bool
+    """Whether anything of ours was imported in the engine's process."""
 
     def token_ids(self) -> list[list[list[int]] | None]:
         """Return the tokens of every sample of every request."""
@@ -140,7 +142,9 @@ def assert_same_answers(drafted: Result, plain: Result) -> None:
             tokens, expected_tokens = sample["token_ids"], expected["token_ids"]
             same = [ours == theirs for ours, theirs in zip(tokens, expected_tokens, strict=False)]
             first = same.index(False) if False in same else len(same)
-            assert tokens == expected_tokens, f"{where}: token {first} differs: {tokens[first:]}, {expected_tokens[first:]}"
+            assert tokens == expected_tokens, (
+                f"{where}: token {first} differs: {tokens[first:]}, {expected_tokens[first:]}"
+            )
             for name in ("text", "finish_reason", "stop_reason"):
                 assert sample[name] == expected[name], f"{where}: {name} is {sample[name]!r}, not {expected[name]!r}"
 

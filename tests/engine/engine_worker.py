@@ -78,6 +78,7 @@ class _Server:
             "metrics": metrics,
             "num_engine_steps": num_steps,
             "seconds": seconds,
+            "has_plugin": "vllm_redrafter" in sys.modules,
         }
 
     def _serve(self, requests: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], int]:

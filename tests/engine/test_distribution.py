@@ -102,9 +102,9 @@ def test_as_many_samples_of_plain_vllm_do_too(engines: EnginePool, tiny_pair: Ti
     assert chi_square(tiny_pair.target, prompt, counts)[0] > 1e-4
 
 
-def test_broken_attention_shows_in_the_distribution(engines: EnginePool, tiny_pair: TinyPair) -> None:
+def test_a_sampler_that_favours_drafts_shows_in_the_distribution(engines: EnginePool, tiny_pair: TinyPair) -> None:
     prompt = tiny_pair.prompts[1]
-    workload = replace(samples_workload(prompt, NUM_SAMPLES // 5), mutation="attend_to_every_earlier_node")
+    workload = replace(samples_workload(prompt, NUM_SAMPLES // 5), mutation="give_drafts_a_second_chance")
 
     counts = count_texts(engines.run(tiny_pair.drafted(SPECULATION, **OPTIONS), workload))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,10 @@ DRAFTED: dict[str, Callable[[TinyPair], Engine]] = {
         {"budget": "fixed", "num_speculative_tokens": 63, "beam_width": 8, "draft_length": 8}
     ),
     "automatic budget": lambda pair: pair.drafted({"budget": "auto"}),
+    # as `vllm serve` and `LLM` run by default
+    "automatic budget, engine in a process of its own": lambda pair: replace(
+        pair.drafted({"budget": "auto"}), environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    ),
 }
 
 
@@ -48,7 +53,7 @@ def resent(pair: TinyPair, answers: Result) -> Workload:
     return Workload([*greedy(pair).requests, *again])
 
 
-@pytest.mark.parametrize("name", DRAFTED)
+@pytest.mark.parametrize("name", DRAFTED, scope="module")
 def test_greedy_text_is_that_of_plain_vllm_and_so_is_the_text_after_a_cached_prefix(
     engines: EnginePool, tiny_pair: TinyPair, name: str
 ) -> None:
@@ -65,7 +70,7 @@ def test_greedy_text_is_that_of_plain_vllm_and_so_is_the_text_after_a_cached_pre
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, NARROWED], ids=["T=1", "T=0.7, top_p, top_k"])
-@pytest.mark.parametrize("name", ["16 nodes", "63 nodes", "chain", "automatic budget"])
+@pytest.mark.parametrize("name", ["16 nodes", "63 nodes", "chain", "automatic budget"], scope="module")
 def test_seeded_text_is_that_of_plain_vllm_although_prompts_come_in_chunks(
     engines: EnginePool, tiny_pair: TinyPair, name: str, sampling: dict[str, object]
 ) -> None:
@@ -74,10 +79,12 @@ def test_seeded_text_is_that_of_plain_vllm_although_prompts_come_in_chunks(
     drafted = engines.run(DRAFTED[name](tiny_pair), workload)
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(), workload))
-    assert drafted.stats["num_accepted_tokens"] > 0
+    # on a slow machine the automatic budget may find that samples, which are hard to guess, are not worth a draft
+    if name != "automatic budget":
+        assert drafted.stats["num_accepted_tokens"] > 0
 
 
-@pytest.mark.parametrize("name", ["16 nodes", "63 nodes"])
+@pytest.mark.parametrize("name", ["16 nodes", "63 nodes"], scope="module")
 def test_penalised_text_is_that_of_plain_vllm(engines: EnginePool, tiny_pair: TinyPair, name: str) -> None:
     workload = Workload([Request(prompt, PENALISED) for prompt in tiny_pair.prompts])
 
@@ -85,6 +92,11 @@ def test_penalised_text_is_that_of_plain_vllm(engines: EnginePool, tiny_pair: Ti
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(), workload))
     assert drafted.stats["num_branch_acceptances"] > 0
+
+
+def test_the_plain_engine_knows_nothing_of_the_plugin(engines: EnginePool, tiny_pair: TinyPair) -> None:
+    assert not engines.run(tiny_pair.plain(), greedy(tiny_pair)).has_plugin
+    assert engines.run(DRAFTED["16 nodes"](tiny_pair), seeded(tiny_pair, SAMPLED)).has_plugin
 
 
 def test_trees_are_accepted_deeply_and_off_their_first_path(engines: EnginePool, tiny_pair: TinyPair) -> None:

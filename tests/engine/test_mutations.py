@@ -45,9 +45,7 @@ WORKLOADS: dict[str, Callable[[EnginePool, TinyPair], Workload]] = {
         ("draw_behind_the_end", "seeded"),
     ],
 )
-def test_a_broken_adapter_changes_the_text(
-    engines: EnginePool, tiny_pair: TinyPair, mutation: str, name: str
-) -> None:
+def test_a_broken_adapter_changes_the_text(engines: EnginePool, tiny_pair: TinyPair, mutation: str, name: str) -> None:
     workload = WORKLOADS[name](engines, tiny_pair)
     plain = engines.run(tiny_pair.plain(), workload)
 

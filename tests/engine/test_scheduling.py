@@ -46,9 +46,9 @@ def test_max_model_len_ends_a_text_inside_a_tree(engines: EnginePool, tiny_pair:
     drafted = engines.run(tiny_pair.drafted(speculation, max_model_len=max_model_len), workload)
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(max_model_len=max_model_len), workload))
-    lengths = [len(request.prompt) + len(answer["outputs"][0]["token_ids"])
-               for request, answer in zip(workload.requests, drafted.answers, strict=True) if answer is not None]
-    assert lengths == [max_model_len] * len(lengths)
+    for request, answer in zip(workload.requests, drafted.answers, strict=True):
+        assert answer is not None
+        assert len(request.prompt) + len(answer["outputs"][0]["token_ids"]) == max_model_len
     assert drafted.stats["num_truncated_trees"] > 0
     assert drafted.stats["num_accepted_tokens"] > 0
 
@@ -83,7 +83,8 @@ def test_preempted_requests_go_on_as_if_nothing_had_happened(
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(), workload))
     assert drafted.metrics["vllm:num_preemptions"] > 0
-    assert drafted.stats["num_accepted_tokens"] > 0
+    if budget == "fixed":
+        assert drafted.stats["num_branch_acceptances"] > 0
 
 
 def test_aborted_and_late_requests_leave_the_others_alone(engines: EnginePool, tiny_pair: TinyPair) -> None:

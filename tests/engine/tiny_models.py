@@ -17,7 +17,7 @@ from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 {}[]\":,.-_+*/()ABCDEFGHI"
+CHARACTERS = 'abcdefghijklmnopqrstuvwxyz0123456789 {}[]":,.-_+*/()ABCDEFGHI'
 VOCAB_SIZE = len(SPECIAL_TOKENS) + len(CHARACTERS)
 HIDDEN_SIZE = 64
 LLAMA = {
@@ -59,7 +59,11 @@ def save_target(model: PreTrainedModel, directory: Path) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(directory)
     return str(directory)
@@ -96,7 +100,9 @@ def save_trained_drafter(
             hidden.append(_head_inputs(model, text)[list(starts)])
             tokens.append(torch.tensor([text[start + 1 : start + depth + 2] for start in starts]))
     drafter = ReDrafter(_drafter_config(model, changes))
-    _train(drafter, model.get_input_embeddings(), torch.cat(hidden), torch.cat(tokens), num_steps)
+    if drafter.config.tie_lm_head:
+        drafter.tie_head(model.get_output_embeddings().weight)
+    _train(drafter, model.get_input_embeddings().weight, torch.cat(hidden), torch.cat(tokens), num_steps)
     save_drafter(drafter, directory)
     return str(directory)
 
@@ -109,7 +115,7 @@ def _drafter_config(model: PreTrainedModel, changes: dict[str, Any]) -> ReDrafte
 
 def _train(
     drafter: ReDrafter,
-    embed: torch.nn.Module,
+    table: torch.Tensor,  # [vocab_size, hidden_size]: the rows as they are, which some models' embeddings scale
     hidden: torch.Tensor,  # [positions, hidden_size]
     tokens: torch.Tensor,  # [positions, depth + 1]: the token chosen there, then what follows
     num_steps: int,
@@ -121,7 +127,7 @@ def _train(
             state = drafter.start(hidden[rows])
             loss = torch.zeros(())
             for depth in range(1, tokens.shape[1]):
-                state = drafter.advance(state, embed(tokens[rows, depth - 1]))
+                state = drafter.advance(state, table[tokens[rows, depth - 1]])
                 loss = loss + functional.cross_entropy(drafter.logits(state), tokens[rows, depth])
             optimizer.zero_grad()
             loss.backward()

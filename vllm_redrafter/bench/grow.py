@@ -10,6 +10,8 @@ The residual stream gets `factor` times as wide and is zero in the new columns:
 
 Logits are those of the small model up to the order of summation. A drafter is grown alongside: the target's hidden
 states and embeddings are zero in the new columns, so padding its own weights with zeros leaves its drafts as they are.
+One without an input projection gets as much wider as its target, blocks and head included; with `keep_exit` it gets a
+projection onto the columns that are not zero instead, as one designed for a large target would have.
 """
 
 from __future__ import annotations
@@ -90,8 +92,11 @@ def grow_target(source: Path, output: Path, shape: TargetShape) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
-def grow_drafter(source: Path, output: Path, factor: int) -> int:
+def grow_drafter(source: Path, output: Path, factor: int, *, keep_exit: bool = False) -> int:
     """Write the drafter that drafts for the grown target what `source` drafts; return its number of parameters.
+
+    Args:
+        keep_exit: whether blocks and head keep their width where the drafter has no input projection.
 
     Raises:
         ValueError: `source` holds no drafter, or the factor does not suit it.
@@ -101,30 +106,26 @@ def grow_drafter(source: Path, output: Path, factor: int) -> int:
     _check_output(source, output)
     config = drafter.config
     hidden = config.hidden_size
-    state_columns = range(factor * hidden, factor * hidden + hidden)
+    # where an entry of the small drafter lies in the grown one, by the axis that it belongs to
+    pair = [*range(hidden), *range(factor * hidden, factor * hidden + hidden)]
+    places = {"hidden": list(range(hidden)), "pair": pair, "exit": list(range(config.exit_dim))}
     grown_config = copy.deepcopy(config)
     grown_config.hidden_size = factor * hidden
     if config.tie_lm_head:
         grown_config.exit_dim = factor * hidden
-        exit_columns = list(range(hidden))
-    elif config.has_input_proj:
-        exit_columns = list(range(config.exit_dim))
-    else:
-        grown_config.exit_dim = 2 * factor * hidden
-        exit_columns = [*range(hidden), *state_columns]
-    if grown_config.has_input_proj != config.has_input_proj:
+    elif config.has_input_proj and not grown_config.has_input_proj:
         raise ValueError(
             f"factor {factor} would make the drafter's exit_dim, {config.exit_dim}, twice the hidden size, which means "
             "that there is no input projection: use another factor"
         )
-    grown = ReDrafter(grown_config)
-    # where an entry of the small model lies in the grown one, by the axis that it belongs to
-    places = {
-        "hidden": list(range(hidden)),
-        "pair": [*range(hidden), *state_columns],
-        "exit": exit_columns,
-    }
+    elif not config.has_input_proj and not keep_exit:
+        grown_config.exit_dim = 2 * factor * hidden
+        places["exit"] = pair
+
     state = drafter.state_dict()
+    grown = ReDrafter(grown_config)
+    if grown_config.has_input_proj and not config.has_input_proj:
+        state |= {"input_proj.weight": torch.eye(config.exit_dim), "input_proj.bias": torch.zeros(config.exit_dim)}
     with torch.no_grad():
         for name, parameter in grown.named_parameters():
             parameter.zero_()

@@ -35,6 +35,11 @@ def add_parser(benches: Any) -> None:
         ("intermediate", "K times as wide an MLP"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=options.positive_int, help=f"default: {default}")
+    parser.add_argument(
+        "--keep-exit",
+        action="store_true",
+        help="give a drafter without an input projection one, instead of making its blocks and head as wide",
+    )
     parser.set_defaults(run=run)
 
 
@@ -43,18 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_redrafter.bench.grow import TargetShape, grow_drafter, grow_target
 
     shape = TargetShape(arguments.factor, arguments.layers, arguments.heads, arguments.kv_heads, arguments.intermediate)
+    target, drafter = arguments.output / "target", arguments.output / "drafter"
     grown: dict[str, Any] = {}
     try:
-        for name in ("target", "drafter"):
-            source: Path | None = getattr(arguments, name)
-            if source is None:
-                continue
-            output = arguments.output / name
-            size = (
-                grow_target(source, output, shape) if name == "target" else grow_drafter(source, output, shape.factor)
-            )
-            print(f"{output}: {size / 1e6:.1f}M parameters")
-            grown |= {name: str(output), f"{name}_parameters": size}
+        grown |= {"target": str(target), "target_parameters": grow_target(arguments.target, target, shape)}
+        print(f"{target}: {grown['target_parameters'] / 1e6:.1f}M parameters")
+        if arguments.drafter is not None:
+            size = grow_drafter(arguments.drafter, drafter, arguments.factor, keep_exit=arguments.keep_exit)
+            grown |= {"drafter": str(drafter), "drafter_parameters": size}
+            print(f"{drafter}: {size / 1e6:.1f}M parameters")
     except ValueError as error:
         raise CommandError(str(error)) from None
     print(json.dumps(grown))

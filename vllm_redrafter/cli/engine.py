@@ -66,8 +66,8 @@ class Engine:
 
     def __enter__(self) -> Engine:
         try:
-            self._spawn()
-            self._receive()
+            self.spawn()
+            self.wait_ready()
         except BaseException:
             self._close(at_once=True)
             raise
@@ -75,6 +75,40 @@ class Engine:
 
     def __exit__(self, exception_type: type[BaseException] | None, *rest: object) -> None:
         self._close(at_once=exception_type is not None)
+
+    def spawn(self) -> None:
+        """Start the child process without waiting for it: for who starts several, and sees to `__exit__`."""
+        if self._verbose:
+            log = os.dup(2)
+        else:
+            log, name = tempfile.mkstemp(prefix="vllm-redrafter-", suffix=".log")
+            self._log = Path(name)
+        environment = {**_DEFAULT_ENVIRONMENT, **os.environ}
+        environment.setdefault("VLLM_LOGGING_LEVEL", "INFO" if self._verbose else "ERROR")
+        events, child_events = os.pipe()
+        self._process = subprocess.Popen(
+            [*CHILD_COMMAND, str(child_events)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[child_events],
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        os.close(child_events)
+        os.close(log)
+        self._events = os.fdopen(events, encoding="utf-8")
+        self._send(asdict(self._spec))
+
+    def wait_ready(self) -> None:
+        """Return when the engine takes prompts.
+
+        Raises:
+            CommandError: it ended instead.
+        """
+        self._receive()
 
     def generate(
         self,
@@ -120,31 +154,6 @@ class Engine:
         self._send({"command": "decode", "sequences": sequences})
         texts: list[str] = self._receive()["texts"]
         return texts
-
-    def _spawn(self) -> None:
-        if self._verbose:
-            log = os.dup(2)
-        else:
-            log, name = tempfile.mkstemp(prefix="vllm-redrafter-", suffix=".log")
-            self._log = Path(name)
-        environment = {**_DEFAULT_ENVIRONMENT, **os.environ}
-        environment.setdefault("VLLM_LOGGING_LEVEL", "INFO" if self._verbose else "ERROR")
-        events, child_events = os.pipe()
-        self._process = subprocess.Popen(
-            [*CHILD_COMMAND, str(child_events)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[child_events],
-            env=environment,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
-        os.close(child_events)
-        os.close(log)
-        self._events = os.fdopen(events, encoding="utf-8")
-        self._send(asdict(self._spec))
 
     def _close(self, *, at_once: bool) -> None:
         """End the engine and everything it started; its log is kept where it died by itself."""

@@ -43,16 +43,20 @@ def run(
     All engines stay up and the rounds alternate between them; where memory is short they run one after another.
     """
     rounds: dict[str, list[Generation]] = {name: [] for name in specs}
-    groups = _groups(specs)
-    for group in groups:
+    for group in _groups(specs):
         with contextlib.ExitStack() as stack:
-            engines = {}
-            # One by one, because the automatic budget measures the machine while its engine starts; it comes first, so
-            # that there is something to read while the others start.
-            for name in reversed(group):
-                progress.say(f"starting an engine: {LABELS[name]}")
-                engines[name] = stack.enter_context(Engine(specs[name], verbose=verbose))
-                warm_up(name, engines[name])
+            engines = {name: Engine(specs[name], verbose=verbose) for name in group}
+            # The automatic budget measures the machine while its engine starts, so that one starts alone, and first:
+            # there is something to read while the others start.
+            for names in filter(None, (group[-1:], group[:-1])):
+                progress.say(f"starting: {', '.join(LABELS[name] for name in names)}")
+                for name in names:
+                    stack.push(engines[name])
+                    engines[name].spawn()
+                for name in names:
+                    engines[name].wait_ready()
+                for name in names:
+                    warm_up(name, engines[name])
             turns = [(engines[name], rounds[name]) for _ in range(NUM_ROUNDS) for name in group]
             for number, (engine, generations) in enumerate(turns):
                 progress.count("measuring", number, len(turns))

@@ -1,0 +1,115 @@
+"""What is wrong is said by `LLM(...)` in one sentence, within seconds; who does not ask for us gets vLLM as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import tiny_models
+from tests.engine.engine_process import ENVIRONMENT, OPTIONS, ROOT
+from vllm_redrafter.core.checkpoint import save_drafter
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
+
+pytestmark = pytest.mark.engine
+
+MOST_SECONDS = 20
+"""Of an engine's start, importing vLLM not counted; a worker alone takes longer on a busy machine."""
+
+REFUSE = """
+import json, multiprocessing, sys, time
+from vllm import LLM
+reports = []
+for keywords in json.load(sys.stdin):
+    started = time.perf_counter()
+    try:
+        LLM(**keywords)
+        raise SystemExit(f"not refused: {keywords}")
+    except (NotImplementedError, ValueError) as error:
+        reports.append([type(error).__name__, str(error), time.perf_counter() - started])
+    assert not multiprocessing.active_children(), "a process was started"
+print(json.dumps(reports))
+"""
+
+DESCRIBE = """
+import json, re, sys
+from vllm.engine.arg_utils import EngineArgs
+reports = []
+for keywords in json.load(sys.stdin):
+    config = EngineArgs(**keywords).create_engine_config()
+    text = repr(config).replace(config.instance_id, "instance")
+    reports.append([re.sub(r" at 0x[0-9a-f]+", "", text), config.compute_hash()])
+print(json.dumps([reports, "vllm_redrafter.adapter.patches" in sys.modules]))
+"""
+
+
+def run_python(program: str, argument: object, **environment: str) -> Any:
+    variables = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(argument),
+        env={**os.environ, **variables, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.save_target(tiny_models.make_llama(), tmp_path_factory.mktemp("target"))
+
+
+def test_wrong_requests_are_refused_in_one_sentence_before_any_process_starts(target: str, tmp_path: Path) -> None:
+    model = tiny_models.make_llama()
+    good = tiny_models.save_random_drafter(model, tmp_path / "good")
+    wider = ReDrafter(ReDrafterConfig(hidden_size=96, vocab_size=tiny_models.VOCAB_SIZE))
+    save_drafter(wider, tmp_path / "wider")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes(Path(good, "config.json").read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    cases: list[tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...]]] = [
+        ({"beam_widht": 3}, {}, "ValueError", ("'beam_widht'", "did you mean 'beam_width'?")),
+        ({"model": str(tmp_path / "absent")}, {}, "ValueError", (str(tmp_path / "absent"),)),
+        ({"model": str(tmp_path / "wider")}, {}, "ValueError", ("hidden_size 96", "64")),
+        ({"model": str(pickled)}, {}, "ValueError", ("safetensors",)),
+        ({"model": target}, {}, "ValueError", ("llama", "not a ReDrafter drafter")),
+        ({"num_speculative_tokens": 64}, {}, "ValueError", ("64", "63")),
+        ({"beam_width": 0}, {}, "ValueError", ("beam_width is 0", "at least 1")),
+        ({}, {"pipeline_parallel_size": 2}, "NotImplementedError", ("pipeline parallelism", "without speculation")),
+    ]
+
+    reports = run_python(
+        REFUSE,
+        [
+            {**OPTIONS, "model": target, "speculative_config": {"method": "redrafter", "model": good, **wrong}, **more}
+            for wrong, more, _, _ in cases
+        ],
+    )
+
+    for (wrong, more, kind, parts), (name, message, seconds) in zip(cases, reports, strict=True):
+        assert name == kind, f"{wrong} {more}: {message}"
+        assert all(part in message for part in parts), message
+        assert "\n" not in message
+        assert seconds < MOST_SECONDS
+
+
+def test_who_does_not_ask_for_the_drafter_gets_the_config_of_a_vllm_without_the_plugin(target: str) -> None:
+    prompt_lookup = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    keywords = [{"model": target, **OPTIONS}, {"model": target, **OPTIONS, "speculative_config": prompt_lookup}]
+
+    with_plugin, is_loaded = run_python(DESCRIBE, keywords)
+    without_plugin, is_loaded_without = run_python(DESCRIBE, keywords, VLLM_PLUGINS="")
+
+    assert is_loaded
+    assert not is_loaded_without
+    assert with_plugin == without_plugin
