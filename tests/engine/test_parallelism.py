@@ -52,7 +52,8 @@ def test_requests_with_and_without_a_lora_adapter_share_a_batch(engines: EngineP
     target = tiny_models.save_target(model, tmp_path / "target")
     drafter = tiny_models.save_trained_drafter(model, tmp_path / "drafter", PROMPTS[::2], num_steps=120)
     lora = save_random_lora(tmp_path / "lora", model)
-    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    # with LoRA vLLM wants room for the drafts of all requests in every step
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "max_num_batched_tokens": 136}
     workload = Workload(
         [
             Request(prompt, {**sampling, "seed": seed}, lora=adapter)

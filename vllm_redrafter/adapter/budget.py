@@ -28,6 +28,7 @@ _WINDOW = 15  # measurements that a median is taken over
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256
 _GAIN_WEIGHT = 0.1  # of a new promise in the moving average
+_CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
 _LONGEST_PAUSE = 128  # steps without drafting before it is tried again
 
 
@@ -102,6 +103,8 @@ class Load:
         """Tokens per second with drafts over those without, as a moving average of what choices promised."""
         self.marginal_probability = 0.0
         """A node less likely than this did not pay at the last choice."""
+        self.speed = 0.0
+        """Tokens per second that the last choice promised."""
         self.num_drafted = 0
         self.pause = 0
         """Steps left without drafting."""
@@ -126,9 +129,10 @@ class StepRecord(NamedTuple):
 class Budget:
     """Chooses budgets and learns from what they cost and brought; one per model runner."""
 
-    def __init__(self, times: StepTimes, max_nodes: int) -> None:
+    def __init__(self, times: StepTimes, max_nodes: int, draft_length: int = 1) -> None:
         self._times = times
         self._max_nodes = max_nodes
+        self._draft_length = draft_length
         self._calibrations = {True: Calibration(), False: Calibration()}  # by whether the request is greedy
         self._loads: dict[int, Load] = {}
 
@@ -154,8 +158,13 @@ class Budget:
         return True
 
     def floor(self, batch_size: int) -> float:
-        """Return the cumulative log-probability below which no node can pay, so that the search may stop there."""
-        probability = self.load(batch_size).marginal_probability / 2  # what pays may change until the next choice
+        """Return the cumulative log-probability below which neither a node nor looking deeper pays."""
+        load = self.load(batch_size)
+        # where the search has been ending early this underestimates what a depth costs: the next goes a little deeper
+        depth_seconds = _median(load.draft_seconds, 0.0) / self._draft_length
+        worth_a_depth = load.speed * depth_seconds / batch_size / _CONTINUATION
+        # what pays may change until the next choice, so a node is given the benefit of the doubt
+        probability = max(load.marginal_probability / 2, worth_a_depth)
         return min(calibration.log_prob_of(probability) for calibration in self._calibrations.values())
 
     def choose(self, log_probs: Floats, is_greedy: Sequence[bool]) -> npt.NDArray[np.int64]:
@@ -184,7 +193,8 @@ class Budget:
         speeds = tokens / seconds
         count = int(np.argmax(speeds))
         plain_speed = batch_size / (passes[0] * _median(load.plain_ratio, drafted_ratio) + other)
-        promise = float(speeds[count] / plain_speed)
+        load.speed = float(speeds[count])
+        promise = load.speed / plain_speed
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
         load.on_trial = False
         if load.gain >= 1.0:
@@ -192,7 +202,7 @@ class Budget:
         steps = np.diff(seconds[max(count - 1, 0) : count + 2])
         # where times jump behind the last node, the ones before it have paid all the same
         last_chance = sorted_chances[count - 1] if count > 0 else math.inf
-        load.marginal_probability = float(min(speeds[count] * steps.max(initial=0.0), last_chance))
+        load.marginal_probability = float(min(load.speed * steps.max(initial=0.0), last_chance))
         return np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
 
     def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:

@@ -19,6 +19,9 @@ from vllm_redrafter.core.drafter import ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
 
+_LARGE = 1_000_000
+"""Parameters above which a drafter no longer stays in a core's cache between steps."""
+
 
 class ReDrafterProposer:
     """What vLLM builds for `method="custom_class"`; our runner calls `search` and `trees`."""
@@ -33,11 +36,17 @@ class ReDrafterProposer:
     def load_model(self, target: nn.Module) -> None:
         """Load the drafter and borrow the target's embedding, and its head where the drafter is tied to it."""
         self.drafter = checkpoint.load_drafter(Path(self.options.model), dtype=self.dtype)
+        num_parameters = sum(parameter.numel() for parameter in self.drafter.parameters())
+        if num_parameters > _LARGE and torch.cpu._is_avx512_bf16_supported():
+            # what a large drafter costs is reading it; what rounding it loses is acceptance, never output
+            self.dtype = torch.bfloat16
+            self.drafter.to(self.dtype)
         self.embed = _find_module(target, VocabParallelEmbedding, exclude=ParallelLMHead)
         if self.drafter.config.tie_lm_head:
             self.drafter.tie_head(_full_head(target, self.embed, self.drafter.config.vocab_size))
-        num_parameters = sum(parameter.numel() for parameter in self.drafter.parameters())
-        logger.info("Loaded the drafter %s (%.1fM parameters)", self.options.model, num_parameters / 1e6)
+        logger.info(
+            "Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, num_parameters / 1e6, self.dtype
+        )
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """Not called: vLLM's hook for custom proposers is not given hidden states, our runner's own is."""

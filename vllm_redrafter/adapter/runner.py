@@ -62,7 +62,8 @@ class TreeModelRunner(CPUModelRunner):
         options = self.drafter.options
         if options.budget == "auto":
             most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
-            self._budget = Budget(step_times.measure(self, most_rows), options.num_speculative_tokens)
+            times = step_times.measure(self, most_rows)
+            self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
 
     def describe(self) -> dict[str, Any]:
         """Return the statistics, and what the budget has learnt."""

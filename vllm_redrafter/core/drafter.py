@@ -104,7 +104,8 @@ class ReDrafter(nn.Module):
         if not self.config.tie_lm_head:
             raise ValueError("this drafter has its own head: only one with tie_lm_head=true takes the target's")
         rows = self.target_ids()
-        self._tied_head = target_head if rows is None else target_head[rows]
+        # detached: a module takes an nn.Parameter for its own, and would train and save it
+        self._tied_head = (target_head if rows is None else target_head[rows]).detach()
 
     def target_ids(self) -> torch.Tensor | None:
         """Return the target's id for every row of the head, [draft_vocab_size], or None where they are the same."""
