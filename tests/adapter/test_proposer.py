@@ -234,4 +234,19 @@ def test_loading_says_what_was_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
 
     proposer_of(stored(tmp_path)).load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
-    assert messages == [f"Loaded the drafter {tmp_path} (0.0M parameters)"]
+    assert messages == [f"Loaded the drafter {tmp_path} (0.0M parameters, torch.float32)"]
+
+
+def test_a_large_drafter_is_held_in_bf16_where_the_processor_multiplies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(proposer_module, "_LARGE", 0)
+    proposer = proposer_of(stored(tmp_path))
+
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+
+    assert {parameter.dtype for parameter in proposer.drafter.parameters()} == {torch.bfloat16}
+    proposer.embed = torch.nn.Embedding(VOCAB, HIDDEN)
+    candidates = proposer.search(torch.randn(2, HIDDEN), torch.tensor([1, 2]), float("-inf"))
+    assert candidates.log_probs.dtype == torch.float32

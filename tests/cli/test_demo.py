@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import FakePair
 from vllm_redrafter.cli import demo, race
-from vllm_redrafter.cli.generation import Answer, Generation
+from vllm_redrafter.cli.generation import Answer, Generation, merge
 from vllm_redrafter.cli.main import main
 
 FILE = "one two three\nfour\n"
@@ -126,3 +126,14 @@ def test_the_four_engines_ask_for_a_chain_a_tree_and_a_budget_of_its_own() -> No
         "tree": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "fixed"},
         "auto": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "auto"},
     }
+
+
+def test_a_slow_machine_gets_one_round(
+    fake_pair: FakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(race, "MAX_MEASURING_SECONDS", 0)
+    turns_played: list[int] = []
+    monkeypatch.setattr(race, "merge", lambda generations: turns_played.append(1) or merge(generations))
+
+    assert run(fake_pair, tmp_path, "--json-only") == 0
+    assert len(turns_played) == 4

@@ -21,7 +21,7 @@ LARGEST_TIE = 0.25
 
 @pytest.fixture(scope="module")
 def quantized_pair(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """The tiny Llama with linear layers in int8; the drafter is the one of the whole numbers' original."""
+    """The tiny Llama with linear layers in int8; the drafter has learnt what the original says."""
     directory = tmp_path_factory.mktemp("quantized") / "target"
     return tiny_pair._replace(target=quantize_to_int8(Path(tiny_pair.target), directory))
 

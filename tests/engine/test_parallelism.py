@@ -52,8 +52,14 @@ def test_requests_with_and_without_a_lora_adapter_share_a_batch(engines: EngineP
     target = tiny_models.save_target(model, tmp_path / "target")
     drafter = tiny_models.save_trained_drafter(model, tmp_path / "drafter", PROMPTS[::2], num_steps=120)
     lora = save_random_lora(tmp_path / "lora", model)
-    # with LoRA vLLM wants room for the drafts of all requests in every step
-    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "max_num_batched_tokens": 136}
+    options = {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        # on a CPU vLLM takes the last slot for requests without adapter: one must stay empty
+        "max_loras": 2,
+        # with LoRA vLLM wants room for the drafts of all requests in every step
+        "max_num_batched_tokens": 136,
+    }
     workload = Workload(
         [
             Request(prompt, {**sampling, "seed": seed}, lora=adapter)

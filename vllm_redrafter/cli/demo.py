@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--drafter", metavar="D", help="directory or Hub id (default: the example drafter)")
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="text, JSONL, MT-Bench or ShareGPT")
     parser.add_argument(
-        "--max-tokens", metavar="N", type=options.positive_int, default=96, help="per answer (default: 96)"
+        "--max-tokens", metavar="N", type=options.positive_int, default=64, help="per answer (default: 64)"
     )
     parser.add_argument(
         "--temperature", metavar="X", type=options.temperature, default=0.0, help="0 is greedy (default); else seeded"

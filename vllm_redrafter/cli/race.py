@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from vllm_redrafter.cli.progress import Progress
 
 LABELS = {"baseline": "baseline", "chain": "chain of 4", "tree": "tree of 8", "auto": "automatic budget"}
 NUM_ROUNDS = 3
+MAX_MEASURING_SECONDS = 60
+"""No further round begins after this: a busy or slow machine gets fewer."""
 BYTES_PER_ENGINE = 5 * 2**29
 """An engine without its weights: libraries 1 GiB, KV cache 1 GiB, room."""
 
@@ -43,7 +46,8 @@ def run(
     All engines stay up and the rounds alternate between them; where memory is short they run one after another.
     """
     rounds: dict[str, list[Generation]] = {name: [] for name in specs}
-    for group in _groups(specs):
+    groups = _groups(specs)
+    for group in groups:
         with contextlib.ExitStack() as stack:
             engines = {name: Engine(specs[name], verbose=verbose) for name in group}
             # The automatic budget measures the machine while its engine starts, so that one starts alone, and first:
@@ -57,10 +61,13 @@ def run(
                     engines[name].wait_ready()
                 for name in names:
                     warm_up(name, engines[name])
-            turns = [(engines[name], rounds[name]) for _ in range(NUM_ROUNDS) for name in group]
-            for number, (engine, generations) in enumerate(turns):
-                progress.count("measuring", number, len(turns))
-                generations.append(merge([engine.generate([prompt], sampling) for prompt in prompts]))
+            started = time.perf_counter()
+            for number in range(NUM_ROUNDS):
+                if number > 0 and time.perf_counter() - started > MAX_MEASURING_SECONDS / len(groups):
+                    break
+                for turn, (name, engine) in enumerate(engines.items()):
+                    progress.count(f"measuring, round {number + 1} of {NUM_ROUNDS}", turn, len(engines))
+                    rounds[name].append(merge([engine.generate([prompt], sampling) for prompt in prompts]))
     return rounds
 
 
