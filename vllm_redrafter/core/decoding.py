@@ -75,8 +75,8 @@ class Target:
         _check_supported(model, max_length)
         self.model = model
         # the table's own rows: some models' embedding modules scale what they return, and serving engines do not
-        table = model.get_input_embeddings().weight
-        self.embed: Embed = lambda token_ids: functional.embedding(token_ids, table)
+        embedding: Any = model.get_input_embeddings()
+        self.embed: Embed = lambda token_ids: functional.embedding(token_ids, embedding.weight)
         self.head: Any = model.get_output_embeddings()
         # without the config every layer keeps all tokens: sliding layers could not forget the rejected ones
         self.cache = DynamicCache()
