@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm_redrafter.adapter.budget import StepTimes
 logger = init_logger(f"vllm.{__name__}")
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
-_REPEATS = 3
+_NUM_ROUNDS = 5
 _MOST_SECONDS = 10.0
 """Larger passes are left out once this much time has gone; the last slope stands for them."""
 
@@ -26,15 +27,18 @@ def measure(runner: Any, most_rows: int) -> StepTimes:
     """
     started = time.perf_counter()
     rows = [count for count in _ROWS if count <= min(most_rows, runner.max_num_tokens)]
-    seconds: list[float] = []
-    for count in rows:
-        seconds.append(min(_one_pass(runner, count) for _ in range(_REPEATS)))
-        if time.perf_counter() - started > _MOST_SECONDS:
-            break
+    quickest: dict[int, float] = {}
+    # round by round: what disturbs the machine for a moment then falls on all sizes, and no size on its own looks slow
+    for turn in range(_NUM_ROUNDS):
+        for count in rows if turn == 0 else list(quickest):
+            if quickest and time.perf_counter() - started > _MOST_SECONDS:
+                break
+            quickest[count] = min(_one_pass(runner, count), quickest.get(count, math.inf))
+    seconds = list(quickest.values())
     # a pass of fewer rows never takes longer: what says so was disturbed
     monotone = np.minimum.accumulate(seconds[::-1])[::-1]
-    times = StepTimes(np.array(rows[: len(seconds)], dtype=np.float64), monotone)
-    table = ", ".join(f"{count}: {1e3 * value:.1f}" for count, value in zip(rows, monotone, strict=False))
+    times = StepTimes(np.array(list(quickest), dtype=np.float64), monotone)
+    table = ", ".join(f"{count}: {1e3 * value:.1f}" for count, value in zip(quickest, monotone, strict=True))
     logger.info("Forward passes measured for the draft budget, rows: milliseconds: %s", table)
     return times
 
