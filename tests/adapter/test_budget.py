@@ -345,3 +345,5 @@ def test_what_was_learnt_is_reported_by_load() -> None:
     assert report["<4"]["plain_ratio"] == pytest.approx(20.0 / float(TYPICAL.at(np.array(3.0))))
     assert report["<2"]["gain"] > 1.0
     assert math.isnan(report["<4"]["draft_ms"])
+    # vLLM's messages between processes carry plain numbers only
+    assert {type(value) for record in report.values() for value in record.values()} == {float}

@@ -43,7 +43,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [types.SimpleNamespace(name="redrafter")])
     monkeypatch.setattr(environment.bootstrap, "missing_build_tools", list)
-    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/opt/libiomp5.so")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/usr/lib/libiomp5.so")
     for variable in ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.delenv(variable, raising=False)
     return {"versions": versions, "modules": modules}

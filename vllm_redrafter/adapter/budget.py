@@ -192,7 +192,7 @@ class Budget:
         seconds = passes * drafted_ratio + other + _median(load.draft_seconds, 0.0)
         speeds = tokens / seconds
         count = int(np.argmax(speeds))
-        plain_speed = batch_size / (passes[0] * _median(load.plain_ratio, drafted_ratio) + other)
+        plain_speed = batch_size / float(passes[0] * _median(load.plain_ratio, drafted_ratio) + other)
         load.speed = float(speeds[count])
         promise = load.speed / plain_speed
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
