@@ -46,6 +46,11 @@ class TreeBatch(NamedTuple):
     num_replaced: int
     """Drafts that are not the ones proposed (vLLM's padding), verified as chains."""
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any request has something to verify."""
+        return any(tree.token_ids for tree in self.trees)
+
     def as_token_tree(self) -> TokenTree:
         """Return the batch in the core's form for the acceptance walk, which needs neither ancestors nor scores."""
         size = max(len(tree.parents) for tree in self.trees)

@@ -40,8 +40,10 @@ class Verifier:
             discarded: requests in the middle of their prompt: vLLM drops what is drawn for them, so nothing may be
                 drawn from their generators.
         """
-        tree = batch.as_token_tree()
         first_rows = torch.tensor(batch.logit_rows)
+        if not batch.has_drafts:
+            return self._sample_roots(logits, metadata, discarded)
+        tree = batch.as_token_tree()
         if is_plain_greedy(metadata):
             choices = self.sampler.greedy_sample(logits.float()).long()
             # padding nodes read some other row: no parent leads to them
@@ -55,6 +57,18 @@ class Verifier:
         for output, length in zip(outputs, lengths, strict=True):
             del output[length:]
         return SamplerOutput(walk.token_ids.int(), draw.logprobs()), walk
+
+
+    def _sample_roots(
+        self, logits: torch.Tensor, metadata: SamplingMetadata, discarded: frozenset[int]
+    ) -> tuple[SamplerOutput, acceptance.Walk]:
+        """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
+        if discarded:
+            kept = {index: each for index, each in metadata.generators.items() if index not in discarded}
+            metadata = replace(metadata, generators=kept)
+        output = self.sampler(logits, metadata)
+        at_root = torch.zeros(len(logits), 1, dtype=torch.int64)
+        return output, acceptance.Walk(output.sampled_token_ids.long(), at_root, at_root[:, 0])
 
 
 class _SamplerDraw:
