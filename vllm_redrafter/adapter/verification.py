@@ -7,7 +7,7 @@ every sampling option means what it means without speculation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +40,9 @@ class Verifier:
             discarded: requests in the middle of their prompt: vLLM drops what is drawn for them, so nothing may be
                 drawn from their generators.
         """
-        first_rows = torch.tensor(batch.logit_rows)
         if not batch.has_drafts:
             return self._sample_roots(logits, metadata, discarded)
+        first_rows = torch.tensor(batch.logit_rows)
         tree = batch.as_token_tree()
         if is_plain_greedy(metadata):
             choices = self.sampler.greedy_sample(logits.float()).long()
@@ -58,15 +58,11 @@ class Verifier:
             del output[length:]
         return SamplerOutput(walk.token_ids.int(), draw.logprobs()), walk
 
-
     def _sample_roots(
         self, logits: torch.Tensor, metadata: SamplingMetadata, discarded: frozenset[int]
     ) -> tuple[SamplerOutput, acceptance.Walk]:
         """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
-        if discarded:
-            kept = {index: each for index, each in metadata.generators.items() if index not in discarded}
-            metadata = replace(metadata, generators=kept)
-        output = self.sampler(logits, metadata)
+        output = self.sampler(logits, _drawing_for(set(range(len(logits))) - discarded, metadata))
         at_root = torch.zeros(len(logits), 1, dtype=torch.int64)
         return output, acceptance.Walk(output.sampled_token_ids.long(), at_root, at_root[:, 0])
 
@@ -98,8 +94,7 @@ class _SamplerDraw:
         node_list: list[int] = nodes.tolist()
         if self.last_nodes is not None:
             self._append_accepted(node_list)
-        generators = {index: each for index, each in self.metadata.generators.items() if index in self.alive}
-        metadata = replace(self.metadata, generators=generators, spec_token_ids=[[] for _ in node_list])
+        metadata = replace(_drawing_for(self.alive, self.metadata), spec_token_ids=[[] for _ in node_list])
         # the sampler works in place on fp32 logits: it gets rows of its own
         output = self.sampler(self.logits[self.first_rows + nodes], metadata)
         if output.logprobs_tensors is not None:
@@ -128,6 +123,12 @@ class _SamplerDraw:
             self.outputs[index].append(self.last_tokens[index])
         for processor in self.metadata.logitsprocs.all:
             processor.update_state(None)
+
+
+def _drawing_for(requests: Set[int], metadata: SamplingMetadata) -> SamplingMetadata:
+    """Return metadata with which the seeded generators of `requests` alone are drawn from."""
+    kept = {index: generator for index, generator in metadata.generators.items() if index in requests}
+    return replace(metadata, generators=kept)
 
 
 def is_plain_greedy(metadata: SamplingMetadata) -> bool:
