@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tests.adapter.trees import draft_tree
@@ -17,7 +19,7 @@ from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
 from vllm_redrafter.core import beam_search, token_tree
 from vllm_redrafter.core.beam_search import BeamShape, Candidates
-from vllm_redrafter.core.checkpoint import save_drafter
+from vllm_redrafter.core.checkpoint import load_drafter, save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
@@ -51,6 +53,8 @@ def vllm_module(kind: type[nn.Module], weight: torch.Tensor | None) -> nn.Module
     module = object.__new__(kind)
     nn.Module.__init__(module)
     module.weight = None if weight is None else nn.Parameter(weight, requires_grad=False)
+    if weight is not None:
+        module.forward = partial(functional.embedding, weight=weight)
     return module
 
 
@@ -175,8 +179,9 @@ def stored(directory: Path, **changes: Any) -> ReDrafterOptions:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_drafter_is_loaded_in_the_targets_precision_and_borrows_its_embedding(
-    tmp_path: Path, dtype: torch.dtype, one_rank: None
+    tmp_path: Path, dtype: torch.dtype, one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(proposer_module, "_MOST_FOLDED", 0)
     proposer = proposer_of(stored(tmp_path), dtype)
     target = vllm_target(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
 
@@ -205,7 +210,7 @@ def test_the_head_of_a_target_on_many_ranks_is_gathered(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         "vllm.distributed.tensor_model_parallel_all_gather", lambda ours, dim: torch.cat((ours, other_rank), dim=dim)
     )
-    proposer = proposer_of(stored(tmp_path, exit_dim=HIDDEN, tie_lm_head=True))
+    proposer = proposer_of(stored(tmp_path, exit_dim=HIDDEN, tie_lm_head=True, rnn=False))
     ours = torch.randn(VOCAB // 2, HIDDEN)
 
     proposer.load_model(vllm_target(ours, ours))
@@ -247,6 +252,25 @@ def test_a_large_drafter_is_held_in_bf16_where_the_processor_multiplies_it(
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
     assert {parameter.dtype for parameter in proposer.drafter.parameters()} == {torch.bfloat16}
-    proposer.embed = torch.nn.Embedding(VOCAB, HIDDEN)
-    candidates = proposer.search(torch.randn(2, HIDDEN), torch.tensor([1, 2]), float("-inf"))
+    candidates = proposer.search(torch.randn(2, HIDDEN), torch.tensor([1, 2]), NO_FLOOR)
     assert candidates.log_probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])
+def test_a_small_embedding_table_is_folded_and_drafts_the_same(
+    most_folded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposer_module, "_MOST_FOLDED", most_folded)
+    proposer, table = proposer_of(stored(tmp_path)), torch.randn(VOCAB, HIDDEN)
+    hidden, init_ids = inputs()
+
+    proposer.load_model(vllm_target(table, None))
+
+    assert isinstance(proposer.drafter.rnn_w, nn.Identity) == (most_folded == VOCAB * HIDDEN)
+    drafter = load_drafter(tmp_path)
+    expected = beam_search.search(
+        drafter, nn.Embedding.from_pretrained(table), hidden, init_ids, proposer.options.shape, num_candidates=8
+    )
+    found = proposer.search(hidden, init_ids, NO_FLOOR)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)

@@ -235,3 +235,20 @@ def test_a_tied_drafter_without_the_targets_head_says_what_is_missing() -> None:
 
     with pytest.raises(RuntimeError, match="tie_head"):
         drafter.log_probs(drafter.start(torch.zeros(HIDDEN)))
+
+
+@torch.no_grad()
+def test_folded_embeddings_draft_the_same_without_their_matrix() -> None:
+    drafter = make_drafter()
+    embedding, hidden = nn.Embedding(VOCAB, HIDDEN), torch.randn(HIDDEN)
+    expected = drafted_log_probs(drafter, embedding, hidden, [3, 29, 0])
+
+    folded = nn.Embedding.from_pretrained(drafter.fold_embeddings(embedding.weight))
+
+    torch.testing.assert_close(drafted_log_probs(drafter, folded, hidden, [3, 29, 0]), expected)
+    assert isinstance(drafter.rnn_w, nn.Identity)
+
+
+def test_a_drafter_without_an_rnn_has_nothing_to_fold() -> None:
+    with pytest.raises(ValueError, match="rnn=false"):
+        make_drafter(rnn=False).fold_embeddings(torch.randn(VOCAB, HIDDEN))

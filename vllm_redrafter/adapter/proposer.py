@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -15,12 +17,15 @@ from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
 from vllm_redrafter.core import beam_search, checkpoint, token_tree
 from vllm_redrafter.core.beam_search import Candidates
-from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
 
 _LARGE = 1_000_000
 """Parameters above which a drafter no longer stays in a core's cache between steps."""
+
+_MOST_FOLDED = 1 << 24
+"""Numbers (tokens times hidden size) up to which the table of folded embeddings may take memory."""
 
 
 class ReDrafterProposer:
@@ -31,22 +36,32 @@ class ReDrafterProposer:
     def __init__(self, vllm_config: Any) -> None:
         self.options = ReDrafterOptions.of(vllm_config)
         self.dtype: torch.dtype = vllm_config.model_config.dtype
-        self.embed: nn.Module = nn.Identity()
+        self.embed: Embed = nn.Identity()
 
     def load_model(self, target: nn.Module) -> None:
         """Load the drafter and borrow the target's embedding, and its head where the drafter is tied to it."""
         self.drafter = checkpoint.load_drafter(Path(self.options.model), dtype=self.dtype)
         num_parameters = sum(parameter.numel() for parameter in self.drafter.parameters())
+        embedding = _find_module(target, VocabParallelEmbedding, exclude=ParallelLMHead)
+        self.embed = embedding
+        if self.drafter.config.tie_lm_head:
+            self.drafter.tie_head(_full_head(target, embedding, self.drafter.config.vocab_size))
+        self._fold_embeddings()
         if num_parameters > _LARGE and torch.cpu._is_avx512_bf16_supported():
             # what a large drafter costs is reading it; what rounding it loses is acceptance, never output
             self.dtype = torch.bfloat16
             self.drafter.to(self.dtype)
-        self.embed = _find_module(target, VocabParallelEmbedding, exclude=ParallelLMHead)
-        if self.drafter.config.tie_lm_head:
-            self.drafter.tie_head(_full_head(target, self.embed, self.drafter.config.vocab_size))
         logger.info(
             "Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, num_parameters / 1e6, self.dtype
         )
+
+    @torch.inference_mode()
+    def _fold_embeddings(self) -> None:
+        """Look `W_w E(g)` up from now on, where the table of all tokens is small, instead of computing it."""
+        config = self.drafter.config
+        if config.rnn and config.vocab_size * config.hidden_size <= _MOST_FOLDED:
+            table = self.embed(torch.arange(config.vocab_size)).to(self.dtype)
+            self.embed = partial(functional.embedding, weight=self.drafter.fold_embeddings(table))
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """Not called: vLLM's hook for custom proposers is not given hidden states, our runner's own is."""

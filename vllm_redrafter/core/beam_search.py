@@ -54,15 +54,14 @@ def search(
     """
     if shape.width < 1 or shape.length < 1:
         raise ValueError(f"beam shape {tuple(shape)} is not usable: width and length must be at least 1")
-    batch_size = len(init_ids)
     kept = max(shape.width, num_candidates or 0)
     target_ids = drafter.target_ids()
-    rows = torch.arange(batch_size, device=hidden.device)[:, None]
+    rows = torch.arange(len(init_ids), device=hidden.device)[:, None]
 
     state = drafter.start(hidden[:, None])
     token_ids = init_ids[:, None]  # [batch, beams]
-    scores = torch.zeros(batch_size, 1, device=hidden.device)  # [batch, beams]
-    beam_ids = torch.full((batch_size, 1), -1, device=hidden.device)  # candidate index of every beam
+    scores = torch.zeros(len(init_ids), 1, device=hidden.device)  # [batch, beams]
+    first_beam, num_found = -1, 0  # the beams are the candidates from `first_beam` on
     depths: list[Candidates] = []
     for _ in range(shape.length):
         state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
@@ -73,15 +72,13 @@ def search(
         parent_beams = best.indices // head_size  # [batch, kept]
         draft_ids = best.indices % head_size
         best_ids = draft_ids if target_ids is None else target_ids[draft_ids]
-        first_id = sum(level.token_ids.shape[1] for level in depths)
-        depths.append(Candidates(best_ids, beam_ids[rows, parent_beams], best.values))
+        depths.append(Candidates(best_ids, parent_beams + first_beam, best.values))
 
         # waits for the device, and only where a floor is given
-        if floor > float("-inf") and not bool((best.values[:, 0] > floor).any()):
+        if floor > float("-inf") and float(best.values[:, 0].max()) <= floor:
             break
-        width = min(shape.width, best_ids.shape[1])
-        token_ids, scores = best_ids[:, :width], best.values[:, :width]
-        beam_ids = torch.arange(first_id, first_id + width, device=hidden.device).expand(batch_size, width)
+        first_beam, num_found = num_found, num_found + best_ids.shape[1]
+        token_ids, scores = best_ids[:, : shape.width], best.values[:, : shape.width]
         # the recurrent state already holds the parent's token: it follows the beam that was continued
-        state = DraftState(state.context, state.recurrent[rows, parent_beams[:, :width]])
+        state = DraftState(state.context, state.recurrent[rows, parent_beams[:, : shape.width]])
     return Candidates(*(torch.cat(columns, dim=1) for columns in zip(*depths, strict=True)))

@@ -67,7 +67,7 @@ class ReDrafter(nn.Module):
         self.lm_head = nn.ModuleList(blocks)
         if config.rnn:
             self.rnn_u = nn.Linear(hidden, hidden)
-            self.rnn_w = nn.Linear(hidden, hidden, bias=False)
+            self.rnn_w: nn.Module = nn.Linear(hidden, hidden, bias=False)
         reduced = config.draft_vocab_size is not None
         self.register_buffer("d2t", torch.zeros(config.head_size, dtype=torch.int64) if reduced else None)
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool) if reduced else None)
@@ -106,6 +106,20 @@ class ReDrafter(nn.Module):
         rows = self.target_ids()
         # detached: a module takes an nn.Parameter for its own, and would train and save it
         self._tied_head = (target_head if rows is None else target_head[rows]).detach()
+
+    def fold_embeddings(self, table: torch.Tensor) -> torch.Tensor:  # [vocab_size, hidden_size]
+        """Return the table of `W_w E(g)`, whose rows `advance` takes from now on in the place of embeddings.
+
+        For serving: the drafter can no longer be trained or saved.
+
+        Raises:
+            ValueError: there is no W_w.
+        """
+        if not self.config.rnn:
+            raise ValueError("this drafter adds embeddings up as they are (rnn=false): there is nothing to fold")
+        folded: torch.Tensor = self.rnn_w(table)
+        self.rnn_w = nn.Identity()
+        return folded
 
     def target_ids(self) -> torch.Tensor | None:
         """Return the target's id for every row of the head, [draft_vocab_size], or None where they are the same."""
