@@ -42,7 +42,10 @@ class Layer(NamedTuple):
     @property
     def tolerance(self) -> float:
         """Rounding of the kernel: inputs are of unit scale, and bfloat16 keeps 8 bits of keys, weights and outputs."""
-        return 1e-5 if self.dtype == torch.float32 else 4e-2
+        if self.dtype == torch.float32:
+            return 1e-5
+        # on AMX the stock kernel is off by 0.05 on plain rows when it reads fp8 too
+        return 4e-2 if self.kv_cache_dtype == "auto" else 8e-2
 
 
 class Request(NamedTuple):
@@ -401,12 +404,7 @@ def test_the_warm_up_pass_without_metadata_returns_its_output() -> None:
 
 
 def test_rounds_that_do_not_write_their_paths_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = attention._plan_round
-
-    def without_writes(*args: Any) -> attention.Round:
-        return plan(*args)._replace(write_rows=None, write_slots=None)
-
-    monkeypatch.setattr(attention, "_plan_round", without_writes)
+    monkeypatch.setattr(TreeAttentionImpl, "_write", lambda *args: None)
 
     assert worst_error(random_step(LAYERS["GQA"], 2)) > 0.1
 
@@ -414,7 +412,7 @@ def test_rounds_that_do_not_write_their_paths_are_noticed(monkeypatch: pytest.Mo
 def test_a_path_one_slot_too_short_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = attention._plan_round
 
-    def shortened(metadata: Any, builder: Any, segments: Sequence[Segment]) -> attention.Round:
+    def shortened(metadata: Any, builder: Any, segments: Sequence[Segment]) -> CPUAttentionMetadata:
         return plan(metadata, builder, [segment._replace(seq_len=segment.seq_len - 1) for segment in segments])
 
     monkeypatch.setattr(attention, "_plan_round", shortened)

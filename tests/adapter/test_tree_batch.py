@@ -27,28 +27,32 @@ def naive_leaves(nodes: list[Prefix]) -> list[Prefix]:
 
 
 def naive_segments(tree: DraftTree, request: int, query_start: int, root_row: int, num_computed: int) -> list[Segment]:
-    """Return the segments of a branching tree, from prefixes: every leaf's path, and what of it is new."""
+    """Return the segments of a tree, from prefixes: every leaf's path, what of it is new, and what it lacks."""
     nodes = prefixes(tree)
     row_of = {node: root_row + index for index, node in enumerate(nodes)}
     context = num_computed + root_row - query_start
     seen: set[Prefix] = set()
     segments = []
-    for leaf in naive_leaves(nodes):
+    leaves = naive_leaves(nodes)
+    for number, leaf in enumerate(leaves):
         path = [leaf[:depth] for depth in range(len(leaf) + 1)]
         new = sorted(row_of[node] for node in path if node not in seen)
         seen.update(path)
         start = new[0] if segments else query_start  # what stands before the first root belongs to the first path
-        segments.append(
-            Segment(
-                request,
-                start,
-                new[-1] + 1,
-                context + len(path),
-                tuple(row_of[node] for node in path[1:]),
-                tuple(root_row + depth for depth in range(1, len(path))),
-            )
-        )
+        # a slot holds what the last path served before this one, long enough to reach it, has there: paths are served
+        # from the last to the first, and before them all vLLM has written the rows in their order
+        before = leaves[number + 1 :]
+        lacking = [
+            (row_of[node], root_row + depth)
+            for depth, node in enumerate(path)
+            if node != next((other[:depth] for other in before if len(other) >= depth), nodes[depth])
+        ]
+        segments.append(Segment(request, start, new[-1] + 1, context + len(path), *_columns(lacking)))
     return segments
+
+
+def _columns(pairs: list[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(first for first, _ in pairs), tuple(second for _, second in pairs)
 
 
 def test_a_worked_example_has_one_segment_per_leaf() -> None:
@@ -61,8 +65,8 @@ def test_a_worked_example_has_one_segment_per_leaf() -> None:
     assert segments == [
         [Segment(0, 0, 3, 11, (), ())],
         [
-            Segment(1, 3, 7, 24, (4, 5, 6), (4, 5, 6)),
-            Segment(1, 7, 8, 24, (4, 5, 7), (4, 5, 6)),
+            Segment(1, 3, 7, 24, (6,), (6,)),
+            Segment(1, 7, 8, 24, (5, 7), (5, 6)),
             Segment(1, 8, 9, 23, (4, 8), (4, 5)),
             Segment(1, 9, 10, 22, (9,), (4,)),
         ],
@@ -87,12 +91,7 @@ def test_segments_of_any_batch_equal_those_of_a_naive_derivation(seed: int) -> N
             proposed[name], scheduled[name] = tree, tree.token_ids
         root_row = query_start + num_before
         query_ends.append(root_row + 1 + len(tree.token_ids))
-        if len(naive_leaves(prefixes(tree))) > 1:
-            expected.append(naive_segments(tree, index, query_start, root_row, num_computed[index]))
-        else:
-            # one causal call serves all rows, and nothing needs to be moved for it
-            length = query_ends[-1] - query_start
-            expected.append([Segment(index, query_start, query_ends[-1], num_computed[index] + length, (), ())])
+        expected.append(naive_segments(tree, index, query_start, root_row, num_computed[index]))
 
     batch = assemble(proposed, names, scheduled, query_ends)
 
@@ -117,8 +116,7 @@ def test_whatever_the_scheduler_cuts_off_leaves_the_tree_of_the_nodes_before(see
         assert batch.num_truncated == (size < len(tree.token_ids))
         assert batch.num_replaced == 0
         segments = batch.segments([1 + size], [7])[0]
-        if batch.num_branching:
-            assert segments == naive_segments(batch.trees[0], 0, 0, 0, 7)
+        assert segments == naive_segments(batch.trees[0], 0, 0, 0, 7)
 
 
 def test_padding_of_the_scheduler_is_verified_as_a_chain() -> None:

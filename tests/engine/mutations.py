@@ -51,9 +51,9 @@ def drop_the_path_writes() -> Iterator[None]:
     from vllm_redrafter.adapter import attention
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: original(*arguments)._replace(write_rows=None, write_slots=None)
+        return lambda *arguments: None
 
-    with _replaced(attention, "_plan_round", wrap):
+    with _replaced(attention.TreeAttentionImpl, "_write", wrap):
         yield
 
 

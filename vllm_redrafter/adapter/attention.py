@@ -4,13 +4,15 @@ The stock kernel is causal: a query row sees every earlier slot of its request. 
 Its nodes lie depth first, so the new nodes of every root-to-leaf path are neighbours (a segment), and a path is a
 chain once its keys and values stand at the slots of their depths:
 
-    round k: for the k-th path of every tree, write the path's keys and values at context + depth, then run the kernel
-             on the segment's query rows
+    round k: for the k-th path of every tree, write what is not there yet of the path's keys and values at context +
+             depth, then run the kernel on the segment's query rows
 
 The paths are taken last to first and the most probable one, which lies first, comes last: it is what stays in the
 cache, so that its acceptance needs no copy. Rows of prefill and of plain decoding run in the last round. What another
-path needs to be committed (`commit`) is kept from the forward pass: the keys and values of the nodes that are not on
-the first path.
+path needs to be committed (`commit`) is kept from the forward pass: the keys and values that the rounds wrote.
+
+A round costs little but its overhead, and there is one per leaf and layer, so the rounds call the kernels themselves
+instead of the stock methods around them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
+from vllm import _custom_ops
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -39,9 +42,9 @@ class Segment(NamedTuple):
     """Row behind the last."""
     seq_len: int
     """Context, path and all: what the last row sees, itself included."""
-    path_rows: tuple[int, ...]
-    """Rows whose keys and values must stand at the path's slots before the kernel runs, the root's side first."""
-    path_slots: tuple[int, ...]
+    write_rows: tuple[int, ...]
+    """Rows whose keys and values must be written before the kernel runs; the path's others stand where they belong."""
+    write_slots: tuple[int, ...]
     """For each of them the row whose slot, in the scheduler's linear mapping, is the one of its depth."""
 
 
@@ -49,8 +52,8 @@ class Round(NamedTuple):
     """One call of the kernel."""
 
     query_rows: torch.Tensor | slice  # [num_rows]
-    write_rows: torch.Tensor | None  # [num_writes]: rows of key and value to write before
-    write_slots: torch.Tensor | None  # [num_writes]
+    writes: slice
+    """Of the step's writes, those that come before it."""
     metadata: CPUAttentionMetadata
 
 
@@ -59,9 +62,11 @@ class TreeAttentionMetadata(CPUAttentionMetadata):
     """Stock metadata of the whole batch, and the rounds that replace its one call of the kernel."""
 
     rounds: list[Round] = field(default_factory=list)
-    branch_rows: torch.Tensor | None = None  # rows of the nodes that are not on their tree's first path
-    branches: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Keys and values of `branch_rows`, each [rows, kv_heads, head_size], by layer name."""
+    write_rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # of all rounds
+    write_slots: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    written: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Keys and values of `write_rows`, each [writes, kv_heads, head_size], by layer name: every node that is not on its
+    tree's first path is among them."""
 
 
 class TreeAttentionBackend(CPUAttentionBackend):
@@ -94,18 +99,65 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
             return stock
-        branch_rows = attn_metadata.branch_rows
         # copies: under torch.compile the buffers of key and value serve the next layer
-        attn_metadata.branches[layer.layer_name] = (key[branch_rows], value[branch_rows])
+        keys, values = key[attn_metadata.write_rows], value[attn_metadata.write_rows]
+        attn_metadata.written[layer.layer_name] = (keys, values)
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        caches = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
         for call in attn_metadata.rounds:
-            if call.write_rows is not None:
-                self.do_kv_cache_update(layer, key[call.write_rows], value[call.write_rows], kv_cache, call.write_slots)
+            if call.writes.start < call.writes.stop:
+                slots = attn_metadata.write_slots[call.writes]
+                self._write(layer, keys[call.writes], values[call.writes], caches, slots)
             rows = call.query_rows
             part = output[rows]
-            super().forward(layer, query[rows], key, value, kv_cache, call.metadata, part)
+            self._attend(layer, query[rows], caches, call.metadata, part)
             if not isinstance(rows, slice):
                 output[rows] = part
         return output
+
+    def _write(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, caches: Sequence[torch.Tensor], slots: torch.Tensor
+    ) -> None:
+        """Do what the stock `do_kv_cache_update` does."""
+        _custom_ops.cpu_attn_reshape_and_cache(
+            key,
+            value,
+            *caches,
+            slots,
+            layer.isa,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        caches: Sequence[torch.Tensor],
+        metadata: CPUAttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Do what the stock `forward` does for a decoder."""
+        _custom_ops.cpu_attention_with_kv_cache(
+            query,
+            *caches,
+            output,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            scale=self.scale,
+            causal=metadata.causal,
+            alibi_slopes=self.alibi_slopes,
+            sliding_window=self.sliding_window,
+            block_table=metadata.block_table,
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=metadata.scheduler_metadata,
+            s_aux=self.sinks,
+            dynamic_causal=metadata.dynamic_causal,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
 
 def add_rounds(
@@ -119,15 +171,22 @@ def add_rounds(
         requests: for every request its segments, first path first; one segment where there is no branching tree.
     """
     num_rounds = max(len(segments) for segments in requests)
-    rounds = [
-        # the k-th call from the end serves the k-th segment: every first path is in the last call
-        _plan_round(metadata, builder, [segments[index] for segments in requests if index < len(segments)])
-        for index in range(num_rounds - 1, -1, -1)
-    ]
-    branches = [segment for segments in requests for segment in segments[1:]]
-    branch_rows = [row for segment in branches for row in range(segment.start, segment.end)]
+    rounds: list[Round] = []
+    rows: list[int] = []
+    slot_rows: list[int] = []
+    # the k-th call from the end serves the k-th segment: every first path is in the last call
+    for index in range(num_rounds - 1, -1, -1):
+        segments = [segments[index] for segments in requests if index < len(segments)]
+        num_written = len(rows)
+        for segment in segments:
+            rows += segment.write_rows
+            slot_rows += segment.write_slots
+        query_rows = _rows([row for segment in segments for row in range(segment.start, segment.end)])
+        rounds.append(Round(query_rows, slice(num_written, len(rows)), _plan_round(metadata, builder, segments)))
     stock = {stock_field.name: getattr(metadata, stock_field.name) for stock_field in fields(metadata)}
-    return TreeAttentionMetadata(**stock, rounds=rounds, branch_rows=torch.tensor(branch_rows))
+    write_rows, slot_indices = (torch.tensor(column, dtype=torch.int64) for column in (rows, slot_rows))
+    write_slots = metadata.slot_mapping[slot_indices]
+    return TreeAttentionMetadata(**stock, rounds=rounds, write_rows=write_rows, write_slots=write_slots)
 
 
 def commit(
@@ -140,21 +199,20 @@ def commit(
         rows: rows of those nodes in the batch just verified.
         slot_rows: for each the row whose slot in the linear mapping is the one of its depth.
     """
-    assert metadata.branch_rows is not None
-    index_of = {row: index for index, row in enumerate(metadata.branch_rows.tolist())}
+    index_of = {row: index for index, row in enumerate(metadata.write_rows.tolist())}
     kept = torch.tensor([index_of[row] for row in rows])
     slots = metadata.slot_mapping[torch.tensor(slot_rows)]
-    for name, (key, value) in metadata.branches.items():
+    for name, (key, value) in metadata.written.items():
         layer = layers[name]
         layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, slots)
 
 
 def _plan_round(
     metadata: CPUAttentionMetadata, builder: CPUAttentionMetadataBuilder, segments: Sequence[Segment]
-) -> Round:
+) -> CPUAttentionMetadata:
+    """Return the kernel's metadata for one segment of every request that still has one."""
     lengths = torch.tensor([0] + [segment.end - segment.start for segment in segments], dtype=torch.int32)
     seq_lens = torch.tensor([segment.seq_len for segment in segments], dtype=torch.int32)
-    query_rows = _rows([row for segment in segments for row in range(segment.start, segment.end)])
     query_start_loc = lengths.cumsum(0, dtype=torch.int32)
     common = CommonAttentionMetadata(
         query_start_loc=query_start_loc,
@@ -168,11 +226,8 @@ def _plan_round(
         slot_mapping=metadata.slot_mapping,
         causal=True,
     )
-    write_rows = [row for segment in segments for row in segment.path_rows]
-    if not write_rows:
-        return Round(query_rows, None, None, builder.build(0, common))
-    slot_rows = torch.tensor([row for segment in segments for row in segment.path_slots])
-    return Round(query_rows, torch.tensor(write_rows), metadata.slot_mapping[slot_rows], builder.build(0, common))
+    planned: CPUAttentionMetadata = builder.build(0, common)
+    return planned
 
 
 def _rows(rows: list[int]) -> torch.Tensor | slice:

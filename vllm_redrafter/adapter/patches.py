@@ -143,6 +143,16 @@ CONTRACTS = (
         "CPUAttentionMetadataBuilder.build",
         ("common_prefix_len", "common_attn_metadata"),
     ),
+    Contract(
+        "vllm._custom_ops",
+        "cpu_attn_reshape_and_cache",
+        ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
+    ),
+    Contract(
+        "vllm._custom_ops",
+        "cpu_attention_with_kv_cache",
+        ("query", "key_cache", "value_cache", "output", "query_start_loc", "seq_lens"),
+    ),
     Contract("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
     Contract("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Contract("vllm.v1.sample.sampler", "Sampler.greedy_sample", ("logits",)),

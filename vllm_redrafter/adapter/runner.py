@@ -101,8 +101,10 @@ class TreeModelRunner(CPUModelRunner):
         for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
             self._proposed.pop(request, None)
         for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
+            if not tree.token_ids:
+                continue
             rows = slice(root_row + 1, root_row + len(tree.depths))
-            if self._batch.num_branching and rows.start < rows.stop:
+            if self._batch.num_branching:
                 self.positions[rows] = self.positions[root_row] + torch.tensor(tree.depths[1:])
             # vLLM pads with token -1, which has no embedding: any token will do, no walk can reach it
             self.input_ids.gpu[rows].clamp_(min=0)
@@ -129,7 +131,7 @@ class TreeModelRunner(CPUModelRunner):
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         started = time.perf_counter()
         batch = self._batch
-        discarded = frozenset(np.nonzero(self.discard_request_mask.np[: len(batch.trees)])[0].tolist())
+        discarded = self._discarded()
         sampling_metadata = self.input_batch.sampling_metadata
         outputs = self.input_batch.req_output_token_ids
         output, walk = self._verifier.verify(batch, logits, sampling_metadata, outputs, discarded)
@@ -182,15 +184,15 @@ class TreeModelRunner(CPUModelRunner):
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
         generators = self.input_batch.generators
-        hidden = {
-            index: generators.pop(index)
-            for index in np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
-            if index in generators
-        }
+        hidden = {index: generators.pop(index) for index in self._discarded() if index in generators}
         try:
             return super()._bookkeeping_sync(scheduler_output, sampler_output, *args, **kwargs)
         finally:
             generators.update(hidden)
+
+    def _discarded(self) -> frozenset[int]:
+        """Return the requests in the middle of their prompt: vLLM drops what is sampled for them."""
+        return frozenset(np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist())
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # the drafter has no positions; stock vLLM would propose zeros to the whole batch near max_model_len

@@ -52,13 +52,12 @@ class TreeBatch(NamedTuple):
         return any(tree.token_ids for tree in self.trees)
 
     def as_token_tree(self) -> TokenTree:
-        """Return the batch in the core's form for the acceptance walk, which needs neither ancestors nor scores."""
+        """Return the batch in the core's form for the acceptance walk, which looks at tokens and parents alone."""
         size = max(len(tree.parents) for tree in self.trees)
         tokens = torch.tensor([[-1, *tree.token_ids] + [-1] * (size - len(tree.parents)) for tree in self.trees])
         parents = torch.tensor([tree.parents + [-1] * (size - len(tree.parents)) for tree in self.trees])
-        depths = torch.tensor([tree.depths + [0] * (size - len(tree.depths)) for tree in self.trees])
-        num_nodes = torch.tensor([len(tree.token_ids) for tree in self.trees])
-        return TokenTree(tokens, parents, depths, torch.empty(0, dtype=torch.int64), num_nodes, torch.empty(0))
+        unused = torch.empty(0, dtype=torch.int64)
+        return TokenTree(tokens, parents, unused, unused, unused, unused)
 
     def segments(self, query_ends: Sequence[int], num_computed: Sequence[int]) -> list[list[Segment]]:
         """Return every request's segments, first path first.
@@ -67,39 +66,29 @@ class TreeBatch(NamedTuple):
             query_ends: row behind the last of every request.
             num_computed: tokens of every request that are cached before this step.
         """
-        segments = []
+        segments: list[list[Segment]] = []
         query_start = 0
         for request, tree in enumerate(self.trees):
             root_row = self.root_rows[request]
             context = num_computed[request] + root_row - query_start  # tokens before the root
-            paths = path_segments(tree.parents)
-            first_end = paths[0][1]
-            # only a tree that branches has its first path overwritten, and needs it written again
-            first_path = tuple(range(1, first_end)) if len(paths) > 1 else ()
-            segments.append(
-                [
+            standing = list(range(len(tree.parents)))  # the node at every depth: vLLM has written node i as depth i
+            served: list[Segment] = []
+            for start, end in reversed(path_segments(tree.parents)):
+                path = enumerate(path_to(tree.parents, end - 1))
+                missing = [(node, depth) for depth, node in path if standing[depth] != node]
+                for node, depth in missing:
+                    standing[depth] = node
+                served.append(
                     Segment(
                         request,
-                        query_start,
-                        root_row + first_end if len(paths) > 1 else query_ends[request],
-                        context + (first_end if len(paths) > 1 else query_ends[request] - root_row),
-                        tuple(root_row + node for node in first_path),
-                        tuple(root_row + tree.depths[node] for node in first_path),
-                    )
-                ]
-            )
-            for start, end in paths[1:]:
-                path = path_to(tree.parents, end - 1)[1:]
-                segments[-1].append(
-                    Segment(
-                        request,
-                        root_row + start,
+                        root_row + start if start > 0 else query_start,
                         root_row + end,
                         context + tree.depths[end - 1] + 1,
-                        tuple(root_row + node for node in path),
-                        tuple(root_row + tree.depths[node] for node in path),
+                        tuple(root_row + node for node, _ in missing),
+                        tuple(root_row + depth for _, depth in missing),
                     )
                 )
+            segments.append(served[::-1])
             query_start = query_ends[request]
         return segments
 
