@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.cli.conftest import FakePair
 from vllm_redrafter.cli import demo, race
 from vllm_redrafter.cli.generation import Answer, Generation, merge
 from vllm_redrafter.cli.main import main
+from vllm_redrafter.core.checkpoint import load_drafter
 
 FILE = "one two three\nfour\n"
 
@@ -108,6 +112,47 @@ def test_without_the_example_pair_it_says_where_that_should_be(
 
     assert main(["demo"]) == 1
     assert f"no example pair at {tmp_path / 'models'}: run this in a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_is", [False, True])
+def test_the_example_pair_is_grown_unless_it_is_wanted_as_it_is(
+    as_is: bool,
+    fake_pair: FakePair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_pair()
+    (tmp_path / "prompts.txt").write_text(FILE)
+    monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
+    grown: list[Path] = []
+
+    def grow(directory: Path) -> tuple[Path, Path]:
+        grown.append(directory)
+        return tuple(shutil.copytree(tmp_path / name, directory / name) for name in ("target", "drafter"))
+
+    monkeypatch.setattr(demo, "_grow", grow)
+
+    assert main(["demo", "--max-tokens", "4", *(["--as-is"] if as_is else [])]) == 0
+    assert ("it is grown" in capsys.readouterr().out) is not as_is
+    assert len(grown) == (not as_is)
+    assert not any(directory.exists() for directory in grown), "what was grown is not left behind"
+
+
+def test_growth_makes_a_target_of_the_size_that_is_told(tmp_path: Path) -> None:
+    target, drafter = demo._grow(tmp_path)
+
+    with safe_open(target / "model.safetensors", "pt") as tensors:
+        sizes = [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+    assert sum(sizes) == pytest.approx(75e6, rel=0.05)
+    assert load_drafter(drafter).config.hidden_size == demo.GROWTH_FACTOR * 256
+
+
+def test_only_the_example_target_can_be_wanted_as_it_is(
+    fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(fake_pair, tmp_path, "--as-is") == 1
+    assert "leave out --as-is" in capsys.readouterr().err
 
 
 def test_the_four_engines_ask_for_a_chain_a_tree_and_a_budget_of_its_own() -> None:

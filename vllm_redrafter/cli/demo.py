@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +20,8 @@ from vllm_redrafter.cli.prompts import read_conversations
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "models"
 MAX_EXAMPLE_PROMPTS = 8
+GROWTH_FACTOR = 4
+"""Times as wide as the example target is what the demo runs: 75M parameters, a step of which outlasts drafting."""
 
 
 def add_parser(commands: Any) -> None:
@@ -29,6 +34,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--target", metavar="T", help="directory or Hub id (default: the example target)")
     parser.add_argument("--drafter", metavar="D", help="directory or Hub id (default: the example drafter)")
+    parser.add_argument(
+        "--as-is",
+        action="store_true",
+        help="do not grow the example target, whose steps are too short for any speed-up (see `bench grow`)",
+    )
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="text, JSONL, MT-Bench or ShareGPT")
     parser.add_argument(
         "--max-tokens", metavar="N", type=options.positive_int, default=64, help="per answer (default: 64)"
@@ -46,7 +56,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    target, drafter, prompts = _pair(arguments)
+    _check(arguments)
+    prompts = _prompts(arguments)
     progress = Progress(quiet=arguments.json_only)
     sampling = {"temperature": arguments.temperature, "max_tokens": arguments.max_tokens}
 
@@ -58,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress.clear()
         _stream(engine, prompts[0], sampling, color.select(arguments.color))
 
-    specs = race.specs(target, drafter, arguments.dtype)
-    rounds = race.run(specs, prompts, sampling, warm_up, progress, verbose=arguments.verbose)
+    with _pair(arguments, progress) as (target, drafter):
+        specs = race.specs(target, drafter, arguments.dtype)
+        rounds = race.run(specs, prompts, sampling, warm_up, progress, verbose=arguments.verbose)
     progress.clear()
     _refuse_errors(rounds["baseline"][0])
     summary = summarise(rounds)
@@ -81,21 +93,56 @@ def summarise(rounds: dict[str, list[Generation]]) -> dict[str, Any]:
     }
 
 
-def _pair(arguments: argparse.Namespace) -> tuple[str, str, list[Prompt]]:
+def _check(arguments: argparse.Namespace) -> None:
     if (arguments.target is None) != (arguments.drafter is None):
         raise CommandError("a drafter fits one target only: pass --target and --drafter together, or neither")
-    target = arguments.target or str(EXAMPLES / "target")
-    drafter = arguments.drafter or str(EXAMPLES / "drafter")
-    if arguments.target is None and not (EXAMPLES / "target").is_dir():
+    if arguments.target is not None:
+        if arguments.as_is:
+            raise CommandError("only the example target is grown: leave out --as-is, or --target and --drafter")
+        options.check_model("--target", arguments.target)
+        options.check_model("--drafter", arguments.drafter)
+    elif not (EXAMPLES / "target").is_dir():
         raise CommandError(f"no example pair at {EXAMPLES}: run this in a checkout, or pass --target and --drafter")
-    options.check_model("--target", target)
-    options.check_model("--drafter", drafter)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     conversations = read_conversations(arguments.prompts or EXAMPLES / "prompts.txt")
     if arguments.prompts is None:
         conversations = conversations[:MAX_EXAMPLE_PROMPTS]
     seeds = range(len(conversations)) if arguments.temperature > 0 else [None] * len(conversations)
-    prompts = [Prompt(item.turns[0], seed=seed) for item, seed in zip(conversations, seeds, strict=True)]
-    return target, drafter, prompts
+    return [Prompt(item.turns[0], seed=seed) for item, seed in zip(conversations, seeds, strict=True)]
+
+
+@contextlib.contextmanager
+def _pair(arguments: argparse.Namespace, progress: Progress) -> Iterator[tuple[str, str]]:
+    """Yield target and drafter: the user's or, unless it is wanted as it is, the example pair grown."""
+    if arguments.target is not None:
+        yield arguments.target, arguments.drafter
+    elif arguments.as_is:
+        yield str(EXAMPLES / "target"), str(EXAMPLES / "drafter")
+    else:
+        with tempfile.TemporaryDirectory(prefix="vllm-redrafter-") as directory:
+            progress.say("growing the example target")
+            target, drafter = _grow(Path(directory))
+            progress.clear()
+            if not arguments.json_only:
+                print(
+                    "The example target is so small that nothing could speed it up. For this comparison it is grown "
+                    "by weights\nthat change nothing of what it computes: it says the same, at the price of a model "
+                    "of 75M parameters.\n(--as-is: not grown.)\n"
+                )
+            yield str(target), str(drafter)
+
+
+def _grow(directory: Path) -> tuple[Path, Path]:
+    from transformers.utils import logging
+
+    from vllm_redrafter.bench.grow import TargetShape, grow_drafter, grow_target
+
+    logging.disable_progress_bar()
+    grow_target(EXAMPLES / "target", directory / "target", TargetShape(GROWTH_FACTOR))
+    grow_drafter(EXAMPLES / "drafter", directory / "drafter", GROWTH_FACTOR)
+    return directory / "target", directory / "drafter"
 
 
 def _stream(engine: Engine, prompt: Prompt, sampling: dict[str, Any], style: color.Style) -> None:
