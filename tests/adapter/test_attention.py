@@ -18,7 +18,7 @@ from vllm_redrafter.adapter import attention, tree_batch
 from vllm_redrafter.adapter.attention import Segment, TreeAttentionImpl, TreeAttentionMetadata
 from vllm_redrafter.adapter.runner import TreeModelRunner
 from vllm_redrafter.adapter.tree_batch import path_to
-from vllm_redrafter.core.acceptance import Walk
+from vllm_redrafter.adapter.verification import Walk
 from vllm_redrafter.core.token_tree import TokenTree, attention_mask
 
 BLOCK = 32
@@ -180,15 +180,13 @@ class Step:
 
     def commit(self, nodes: Sequence[list[int]]) -> None:
         """Let the runner commit the accepted path of every request, given as nodes from the root."""
-        width = max(len(path) for path in nodes)
-        padded = torch.tensor([path + [-1] * (width - len(path)) for path in nodes])
         runner = SimpleNamespace(
             _branching_attention=[self.metadata],
             _batch=self.batch,
             stats=SimpleNamespace(num_commits=0),
             compilation_config=SimpleNamespace(static_forward_context={"layer": self.module}),
         )
-        TreeModelRunner._commit(runner, Walk(padded, padded, (padded >= 0).sum(dim=1) - 1))  # type: ignore[arg-type]
+        TreeModelRunner._commit(runner, Walk([], list(nodes)))  # type: ignore[arg-type]
 
     def holds_chains(self, nodes: Sequence[list[int]]) -> bool:
         """Return whether the cache holds, bit for bit, what plain decoding of these paths would have written.

@@ -77,11 +77,11 @@ def test_every_request_gets_the_best_nodes_of_its_own_budget(width: int) -> None
     proposer = loaded(width)
     hidden, init_ids = inputs()
     candidates = proposer.search(hidden, init_ids, NO_FLOOR)
-    budgets = torch.tensor([12, 1, 0, 5, 3])
+    budgets = [12, 1, 0, 5, 3]
 
-    trees = proposer.trees(init_ids, candidates, budgets, [False] * BATCH)
+    trees = proposer.trees(candidates, budgets, [False] * BATCH)
 
-    for row, (tree, budget) in enumerate(zip(trees, budgets.tolist(), strict=True)):
+    for row, (tree, budget) in enumerate(zip(trees, budgets, strict=True)):
         alone = Candidates(*(column[row : row + 1] for column in candidates))
         expected = chain_of([])
         if budget > 0:
@@ -98,7 +98,7 @@ def test_a_batch_without_budget_gets_roots_alone() -> None:
     candidates = proposer.search(hidden, init_ids, NO_FLOOR)
 
     assert (
-        proposer.trees(init_ids, candidates, torch.zeros(BATCH, dtype=torch.int64), [False] * BATCH)
+        proposer.trees(candidates, [0] * BATCH, [False] * BATCH)
         == [DraftTree([], [-1], [0], [])] * BATCH
     )
 
@@ -107,10 +107,10 @@ def test_a_linear_request_gets_the_first_path_of_its_tree_and_its_neighbours_the
     proposer = loaded()
     hidden, init_ids = inputs()
     candidates = proposer.search(hidden, init_ids, NO_FLOOR)
-    budgets = torch.full((BATCH,), 12)
-    trees = proposer.trees(init_ids, candidates, budgets, [False] * BATCH)
+    budgets = [12] * BATCH
+    trees = proposer.trees(candidates, budgets, [False] * BATCH)
 
-    mixed = proposer.trees(init_ids, candidates, budgets, [True, False, True, False, False])
+    mixed = proposer.trees(candidates, budgets, [True, False, True, False, False])
 
     assert [mixed[index] for index in (1, 3, 4)] == [trees[index] for index in (1, 3, 4)]
     for index in (0, 2):
@@ -127,7 +127,7 @@ def test_a_beam_of_one_drafts_the_drafters_greedy_chain() -> None:
     hidden, init_ids = inputs()
 
     candidates = proposer.search(hidden, init_ids, NO_FLOOR)
-    trees = proposer.trees(init_ids, candidates, torch.full((BATCH,), 12), [False] * BATCH)
+    trees = proposer.trees(candidates, [12] * BATCH, [False] * BATCH)
 
     for row, tree in enumerate(trees):
         state, expected = proposer.drafter.start(hidden[row]), []

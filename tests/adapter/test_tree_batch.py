@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.adapter.trees import draft_tree, prefixes, random_tree, tree_of
-from tests.core import naive
 from tests.core.naive import Prefix
 from vllm_redrafter.adapter.attention import Segment
-from vllm_redrafter.adapter.tree_batch import DraftTree, assemble, chain_of, path_segments, path_to
-from vllm_redrafter.core import acceptance, token_tree
+from vllm_redrafter.adapter.tree_batch import DraftTree, assemble, best_tree, chain_of, path_segments, path_to
+from vllm_redrafter.core import token_tree
 from vllm_redrafter.core.beam_search import Candidates
 
 seeds = st.integers(0, 2**32 - 1)
@@ -164,28 +163,27 @@ def test_rows_that_logits_are_computed_for_follow_each_other_without_gaps() -> N
     assert batch.root_rows == [sum(lengths[:index]) + 3 * index + 3 for index in range(8)]
 
 
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 20))
+def test_the_best_tree_is_the_cores(seed: int, num_nodes: int) -> None:
+    rng = np.random.default_rng(seed)
+    beams = torch.from_numpy(rng.integers(5, size=(1, 6, 4)))
+    # scores from few values: ties, which must fall the same way, and candidates of no probability
+    steps = torch.from_numpy(rng.choice([0.0, 0.5, 1.0, np.inf], size=(4, 5))).float()[torch.arange(4), beams]
+    candidates = token_tree.merge(beams, -steps.cumsum(dim=-1))
+
+    tree = best_tree(*(column[0].tolist() for column in candidates), num_nodes)
+
+    assert tree == draft_tree(token_tree.best_nodes(torch.tensor([0]), candidates, num_nodes))
+
+
 @settings(max_examples=60, deadline=None)
 @given(seeds)
-def test_the_core_walks_the_batch_as_it_walks_every_tree(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    trees = {str(index): some_tree(rng, 12) for index in range(4)}
-    scheduled = {name: tree.token_ids for name, tree in trees.items() if rng.random() < 0.8}
-    names = list(trees)
-    query_ends = np.cumsum([1 + len(scheduled.get(name, [])) for name in names]).tolist()
-    batch = assemble(trees, names, scheduled, query_ends)
-    size = max(len(tree.parents) for tree in batch.trees)
-    choices = rng.integers(5, size=(4, size))
+def test_the_children_of_a_node_are_found_by_their_tokens(seed: int) -> None:
+    tree = some_tree(np.random.default_rng(seed))
+    nodes = prefixes(tree)
 
-    walk = acceptance.greedy_walk(batch.as_token_tree(), torch.from_numpy(choices))
-
-    for row, tree in enumerate(batch.trees):
-        nodes = prefixes(tree)
-        emitted = naive.accept(nodes, lambda prefix, row=row, nodes=nodes: int(choices[row, nodes.index(prefix)]))
-        assert walk.token_ids[row, : len(emitted)].tolist() == list(emitted)
-        assert (walk.token_ids[row, len(emitted) :] == -1).all()
-        assert [nodes[node] for node in walk.nodes[row, : len(emitted)].tolist()] == [
-            emitted[:depth] for depth in range(len(emitted))
-        ]
+    assert tree.children() == {(nodes.index(node[:-1]), node[-1]): index for index, node in enumerate(nodes) if node}
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from vllm import SamplingParams
 from vllm.sampling_params import SamplingType
@@ -23,12 +25,12 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from tests.adapter.trees import prefixes, tree_of
+from tests.adapter.trees import draft_tree, prefixes, random_tree, tree_of
 from tests.core import naive
 from tests.core.naive import Prefix
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch, assemble, chain_of
-from vllm_redrafter.adapter.verification import Verifier, is_plain_greedy
-from vllm_redrafter.core.acceptance import Walk
+from vllm_redrafter.adapter.verification import Verifier, Walk, is_plain_greedy, walk
+from vllm_redrafter.core import acceptance
 
 VOCAB = 12
 FORBIDDEN_PAIRS = [[a, b] for a in range(VOCAB) for b in range(VOCAB) if (a + b) % 3 == 0]
@@ -151,8 +153,25 @@ class Step:
         )
 
 
-def emitted(walk: Walk) -> list[Prefix]:
-    return [tuple(token for token in tokens if token >= 0) for tokens in walk.token_ids.tolist()]
+def emitted(walked: Walk) -> list[Prefix]:
+    return [tuple(tokens) for tokens in walked.tokens]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_walk_on_lists_is_the_cores(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    trees = [random_tree(rng, 12, 5, 4) for _ in range(4)]
+    drafts = [draft_tree(tree) for tree in trees]
+    choices = rng.integers(5, size=(4, 13))
+
+    walked = walk(drafts, lambda at: choices[range(4), at].tolist())
+
+    for row, tree in enumerate(trees):
+        expected = acceptance.greedy_walk(tree, torch.from_numpy(choices[row : row + 1]))
+        end = int(expected.num_accepted) + 1
+        assert walked.tokens[row] == expected.token_ids[0, :end].tolist()
+        assert walked.nodes[row] == expected.nodes[0, :end].tolist()
 
 
 def test_a_mixed_batch_emits_what_every_request_would_emit_alone_without_speculation() -> None:
@@ -165,14 +184,16 @@ def test_a_mixed_batch_emits_what_every_request_would_emit_alone_without_specula
     ]
     step = Step(cases, trees, range(len(cases)))
 
-    output, walk = step.verify()
+    output, walked = step.verify()
 
-    assert output.sampled_token_ids.tolist() == walk.token_ids.tolist()
-    for tokens, expected, depth, nodes in zip(emitted(walk), plain, depths, step.nodes, strict=True):
+    rows = output.sampled_token_ids.tolist()
+    assert [[token for token in row if token >= 0] for row in rows] == walked.tokens
+    assert all(row == sorted(row, key=lambda token: token < 0) for row in rows), "padding stands at the end"
+    for tokens, expected, depth, nodes in zip(emitted(walked), plain, depths, step.nodes, strict=True):
         assert len(tokens) > depth
         assert tokens == expected[: len(tokens)]
         assert tokens == naive.accept(nodes, lambda prefix, expected=expected: expected[len(prefix)])
-    assert max(len(tokens) for tokens in emitted(walk)) >= 5
+    assert max(len(tokens) for tokens in emitted(walked)) >= 5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,9 +237,9 @@ def test_requests_in_the_middle_of_their_prompt_draw_nothing() -> None:
     step = Step(cases, [chain_of([]), tree_of([plain[:3]]), chain_of([])], [0, 1, 2])
     before = [state.generator.get_state() for state in step.states]
 
-    walk = step.verify(discarded=frozenset({0, 2}))[1]
+    walked = step.verify(discarded=frozenset({0, 2}))[1]
 
-    assert emitted(walk)[1] == plain
+    assert emitted(walked)[1] == plain
     for index in (0, 2):
         assert torch.equal(step.states[index].generator.get_state(), before[index])
         assert step.states[index].output_token_ids == []
@@ -234,13 +255,13 @@ def test_logprobs_stand_in_the_order_of_the_walk_and_equal_those_without_specula
     plain = [autoregressive(case, request, 5) for request, case in enumerate(cases)]
     trees = [tree_around(plain[index][0], depth, np.random.default_rng(9)) for index, depth in enumerate((2, 4, 1))]
 
-    output, walk = Step(cases, trees, range(3)).verify()
+    output, walked = Step(cases, trees, range(3)).verify()
 
-    width = walk.token_ids.shape[1]
+    width = output.sampled_token_ids.shape[1]
     logprobs = output.logprobs_tensors
     assert logprobs is not None
     assert len(logprobs.logprobs) == 3 * width
-    for index, tokens in enumerate(emitted(walk)[:2]):
+    for index, tokens in enumerate(emitted(walked)[:2]):
         for depth, token in enumerate(tokens):
             alone = plain[index][1][depth]
             assert alone is not None
@@ -265,7 +286,7 @@ def test_the_fast_path_of_greedy_batches_equals_the_slow_one(seed: int, monkeypa
 
     slow = step.verify()
 
-    assert [tokens.tolist() for tokens in fast[1]] == [tokens.tolist() for tokens in slow[1]]
+    assert fast[1] == slow[1]
     assert torch.equal(fast[0].sampled_token_ids, slow[0].sampled_token_ids)
     assert fast[0].sampled_token_ids.dtype == slow[0].sampled_token_ids.dtype == torch.int32
     assert fast[0].logprobs_tensors is None
@@ -414,12 +435,13 @@ def test_walks_and_plain_sampling_both_have_the_exact_distribution(options: tupl
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
         verifier = Verifier(Sampler())
-        _, walk = verifier.verify(batch, table.repeat(NUM_SAMPLES, 1), many(*options), outputs, frozenset())
+        _, walked = verifier.verify(batch, table.repeat(NUM_SAMPLES, 1), many(*options), outputs, frozenset())
         control = plain_samples(table, options)
 
-    assert set(walk.num_accepted.tolist()) == set(range(1 + max(SHAPE.depths))), "walks of every length are among them"
+    lengths = {len(nodes) for nodes in walked.nodes}
+    assert lengths == set(range(1, 2 + max(SHAPE.depths))), "walks of every length are among them"
     assert chi_square(control, options) > 1e-4
-    assert chi_square(emitted(walk), options) > 1e-4
+    assert chi_square(emitted(walked), options) > 1e-4
     assert not any(outputs)
 
 

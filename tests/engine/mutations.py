@@ -65,7 +65,7 @@ def attend_to_every_earlier_node() -> Iterator[None]:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def add_rounds(metadata: Any, *arguments: Any) -> Any:
             with_rounds = original(metadata, *arguments)
-            with_rounds.rounds = [attention.Round(slice(0, metadata.num_actual_tokens), None, None, metadata)]
+            with_rounds.rounds = [attention.Round(slice(0, metadata.num_actual_tokens), slice(0, 0), metadata)]
             return with_rounds
 
         return add_rounds
@@ -81,7 +81,7 @@ def draft_from_the_neighbours_state() -> Iterator[None]:
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def propose(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            self._last_rows = self._last_rows.roll(1)
+            self._last_rows = [*self._last_rows[-1:], *self._last_rows[:-1]]
             return original(self, *arguments, **keywords)
 
         return propose
@@ -96,9 +96,7 @@ def draft_trees_for_grammars() -> Iterator[None]:
     from vllm_redrafter.adapter.proposer import ReDrafterProposer
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, init_ids, candidates, budgets, linear: original(
-            self, init_ids, candidates, budgets, [False] * len(linear)
-        )
+        return lambda self, candidates, budgets, linear: original(self, candidates, budgets, [False] * len(linear))
 
     with _replaced(ReDrafterProposer, "trees", wrap):
         yield
@@ -141,17 +139,21 @@ def draw_behind_the_end() -> Iterator[None]:
 @contextmanager
 def give_drafts_a_second_chance() -> Iterator[None]:
     """Draw again where the first token was not drafted: faster, and biased."""
-    from vllm_redrafter.core import acceptance
+    from vllm_redrafter.adapter import verification
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def walk(tree: Any, draw: Any) -> Any:
-            def draw_again(nodes: Any) -> Any:
-                tokens = draw(nodes)
-                return tokens.where(acceptance.find_child(tree, nodes, tokens)[0], draw(nodes))
+        def walk(trees: Any, draw: Any) -> Any:
+            def draw_again(at: list[int]) -> list[int]:
+                drafted = [
+                    {token for token, parent in zip(tree.token_ids, tree.parents[1:], strict=True) if parent == node}
+                    for tree, node in zip(trees, at, strict=True)
+                ]
+                first, second = draw(at), draw(at)
+                return [a if a in tokens else b for a, b, tokens in zip(first, second, drafted, strict=True)]
 
-            return original(tree, draw_again)
+            return original(trees, draw_again)
 
         return walk
 
-    with _replaced(acceptance, "walk", wrap):
+    with _replaced(verification, "walk", wrap):
         yield

@@ -14,8 +14,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_redrafter.adapter.config import ReDrafterOptions
-from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
-from vllm_redrafter.core import beam_search, checkpoint, token_tree
+from vllm_redrafter.adapter.tree_batch import DraftTree, best_tree, path_segments
+from vllm_redrafter.core import beam_search, checkpoint
 from vllm_redrafter.core.beam_search import Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
@@ -85,28 +85,13 @@ class ReDrafterProposer:
             floor=floor,
         )
 
-    @torch.inference_mode()
-    def trees(
-        self,
-        init_ids: torch.Tensor,  # [batch]
-        candidates: Candidates,
-        budgets: torch.Tensor,  # [batch]: nodes per request
-        linear: Sequence[bool],
-    ) -> list[DraftTree]:
+    def trees(self, candidates: Candidates, budgets: Sequence[int], linear: Sequence[bool]) -> list[DraftTree]:
         """Return the best `budgets[i]` nodes of request i, or its best path where `linear[i]` asks for a chain."""
-        largest = int(budgets.max())
-        if largest == 0:
-            return [chain_of([]) for _ in linear]
-        ranks = candidates.log_probs.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        kept = candidates.log_probs.masked_fill(ranks >= budgets[:, None], float("-inf"))
-        tree = token_tree.best_nodes(init_ids, candidates._replace(log_probs=kept), largest)
-        columns = (tree.token_ids, tree.parents, tree.depths, tree.log_probs, tree.num_nodes)
         trees = []
-        for tokens, parents, depths, scores, size, as_chain in zip(
-            *(column.tolist() for column in columns), linear, strict=True
-        ):
-            end = path_segments(parents[: size + 1])[0][1] if as_chain else size + 1
-            trees.append(DraftTree(tokens[1:end], parents[:end], depths[:end], scores[1:end]))
+        columns = (column.tolist() for column in candidates)
+        for tokens, parents, log_probs, budget, as_chain in zip(*columns, budgets, linear, strict=True):
+            tree = best_tree(tokens, parents, log_probs, budget)
+            trees.append(tree.first(path_segments(tree.parents)[0][1]) if as_chain else tree)
         return trees
 
 

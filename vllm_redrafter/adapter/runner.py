@@ -29,8 +29,7 @@ from vllm_redrafter.adapter.budget import Budget, StepRecord
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
-from vllm_redrafter.adapter.verification import Verifier
-from vllm_redrafter.core.acceptance import Walk
+from vllm_redrafter.adapter.verification import Verifier, Walk
 from vllm_redrafter.core.beam_search import Candidates
 
 
@@ -50,7 +49,7 @@ class TreeModelRunner(CPUModelRunner):
         self._batch = TreeBatch([], [], [], 0, 0, 0)
         self._query_ends: list[int] = []
         self._branching_attention: list[TreeAttentionMetadata] = []
-        self._last_rows = torch.empty(0, dtype=torch.int64)
+        self._last_rows: list[int] = []
         self._budget: Budget | None = None
         self._step_started = 0.0
         self._forward_seconds = 0.0
@@ -136,8 +135,7 @@ class TreeModelRunner(CPUModelRunner):
         outputs = self.input_batch.req_output_token_ids
         output, walk = self._verifier.verify(batch, logits, sampling_metadata, outputs, discarded)
         self._commit(walk)
-        last_nodes = walk.nodes.gather(1, walk.num_accepted[:, None])[:, 0]
-        self._last_rows = torch.tensor(batch.logit_rows) + last_nodes
+        self._last_rows = [row + nodes[-1] for row, nodes in zip(batch.logit_rows, walk.nodes, strict=True)]
         self._count(walk, discarded)
         self.stats.verify_seconds += time.perf_counter() - started
         return output
@@ -147,7 +145,7 @@ class TreeModelRunner(CPUModelRunner):
         if not self._branching_attention:
             return
         rows, slot_rows = [], []
-        for root_row, nodes in zip(self._batch.root_rows, walk.nodes.tolist(), strict=True):
+        for root_row, nodes in zip(self._batch.root_rows, walk.nodes, strict=True):
             # on the first path a node's index is its depth, and its keys and values are in place
             moved = [(node, depth) for depth, node in enumerate(nodes) if node > depth]
             rows += [root_row + node for node, _ in moved]
@@ -166,19 +164,17 @@ class TreeModelRunner(CPUModelRunner):
         stats.num_truncated_trees += batch.num_truncated
         stats.num_chain_fallbacks += batch.num_replaced
         stats.num_branching_trees += batch.num_branching
-        columns = (walk.token_ids, walk.nodes, walk.num_accepted)
-        for index, (tree, tokens, nodes, depth) in enumerate(
-            zip(batch.trees, *(column.tolist() for column in columns), strict=True)
-        ):
+        for index, (tree, tokens, nodes) in enumerate(zip(batch.trees, walk.tokens, walk.nodes, strict=True)):
             request = self.requests[self.input_batch.req_ids[index]]
             # the first token comes with the prompt: there was nothing to speculate on
             if index in discarded or not request.output_token_ids:
                 continue
-            emitted = num_emitted(tokens[: depth + 1], len(request.output_token_ids), request.sampling_params)
+            depth = len(nodes) - 1
+            emitted = num_emitted(tokens, len(request.output_token_ids), request.sampling_params)
             stats.count_accepted(len(tree.token_ids), depth, emitted, nodes[depth] == depth)
             if self._budget is not None and tree.scores:
                 accepted = np.zeros(len(tree.parents), dtype=np.bool_)
-                accepted[nodes[: depth + 1]] = True
+                accepted[nodes] = True
                 self._budget.observe_acceptance(np.array(tree.scores), accepted[1:], is_greedy(request.sampling_params))
 
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -222,10 +218,11 @@ class TreeModelRunner(CPUModelRunner):
         request_ids = [self.input_batch.req_ids[index] for index in active]
         parameters = [self.requests[request].sampling_params for request in request_ids]
         init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
-        candidates = self.drafter.search(sample_hidden_states[self._last_rows[active]], init_ids, floor)
+        rows = torch.tensor([self._last_rows[index] for index in active])
+        candidates = self.drafter.search(sample_hidden_states[rows], init_ids, floor)
         budgets = self._agreed_budgets(candidates, [is_greedy(each) for each in parameters])
         linear = [each.structured_outputs is not None for each in parameters]
-        trees = self.drafter.trees(init_ids, candidates, budgets, linear)
+        trees = self.drafter.trees(candidates, budgets, linear)
         for index, request, tree in zip(active, request_ids, trees, strict=True):
             drafts[index] = tree.token_ids
             self._proposed[request] = tree
@@ -242,12 +239,13 @@ class TreeModelRunner(CPUModelRunner):
         floor = _from_first_rank(torch.tensor([self._budget.floor(batch_size) if should_draft else float("nan")]))
         return None if bool(floor.isnan()) else float(floor)
 
-    def _agreed_budgets(self, candidates: Candidates, greedy: list[bool]) -> torch.Tensor:
-        """Return how many nodes every request may verify, [batch], the same on all ranks."""
+    def _agreed_budgets(self, candidates: Candidates, greedy: list[bool]) -> list[int]:
+        """Return how many nodes every request may verify, the same on all ranks."""
         if self._budget is None:
-            return torch.full((len(greedy),), self.drafter.options.num_speculative_tokens)
-        best_first = candidates.log_probs.sort(dim=1, descending=True).values.double().numpy()
-        return _from_first_rank(torch.from_numpy(self._budget.choose(best_first, greedy)))
+            return [self.drafter.options.num_speculative_tokens] * len(greedy)
+        best_first = -np.sort(-candidates.log_probs.double().numpy(), axis=1)
+        budgets: list[int] = _from_first_rank(torch.from_numpy(self._budget.choose(best_first, greedy))).tolist()
+        return budgets
 
 
 def is_greedy(parameters: Any) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from vllm_redrafter.adapter.attention import Segment
-from vllm_redrafter.core.token_tree import TokenTree
 
 
 class DraftTree(NamedTuple):
@@ -23,11 +21,46 @@ class DraftTree(NamedTuple):
     scores: list[float]
     """The drafter's cumulative log-probability of every node after the root; empty where it did not propose them."""
 
+    def first(self, size: int) -> DraftTree:
+        """Return the tree of the first `size` nodes, the root included."""
+        return DraftTree(self.token_ids[: size - 1], self.parents[:size], self.depths[:size], self.scores[: size - 1])
+
+    def children(self) -> dict[tuple[int, int], int]:
+        """Return the nodes by parent and token."""
+        edges = zip(self.parents[1:], self.token_ids, strict=True)
+        return {edge: node for node, edge in enumerate(edges, start=1)}
+
 
 def chain_of(token_ids: list[int]) -> DraftTree:
     """Return the tree of one path."""
     size = len(token_ids) + 1
     return DraftTree(token_ids, list(range(-1, size - 1)), list(range(size)), [])
+
+
+def best_tree(
+    token_ids: Sequence[int], parents: Sequence[int], log_probs: Sequence[float], num_nodes: int
+) -> DraftTree:
+    """Return the tree of the `num_nodes` most probable candidates: `core.token_tree.best_nodes` for one request.
+
+    Args:
+        token_ids, parents, log_probs: a row of `core.beam_search.Candidates`.
+    """
+    best_first = sorted(range(len(log_probs)), key=log_probs.__getitem__, reverse=True)
+    children: dict[int, list[int]] = {}
+    for candidate in best_first[:num_nodes]:
+        if log_probs[candidate] > -math.inf:
+            children.setdefault(parents[candidate], []).append(candidate)
+    tree = DraftTree([], [-1], [0], [])
+    waiting = [(candidate, 0) for candidate in reversed(children.get(-1, []))]  # with their parents' nodes
+    while waiting:
+        candidate, parent = waiting.pop()
+        node = len(tree.parents)
+        tree.token_ids.append(token_ids[candidate])
+        tree.parents.append(parent)
+        tree.depths.append(tree.depths[parent] + 1)
+        tree.scores.append(log_probs[candidate])
+        waiting += [(child, node) for child in reversed(children.get(candidate, []))]
+    return tree
 
 
 class TreeBatch(NamedTuple):
@@ -50,14 +83,6 @@ class TreeBatch(NamedTuple):
     def has_drafts(self) -> bool:
         """Whether any request has something to verify."""
         return any(tree.token_ids for tree in self.trees)
-
-    def as_token_tree(self) -> TokenTree:
-        """Return the batch in the core's form for the acceptance walk, which looks at tokens and parents alone."""
-        size = max(len(tree.parents) for tree in self.trees)
-        tokens = torch.tensor([[-1, *tree.token_ids] + [-1] * (size - len(tree.parents)) for tree in self.trees])
-        parents = torch.tensor([tree.parents + [-1] * (size - len(tree.parents)) for tree in self.trees])
-        unused = torch.empty(0, dtype=torch.int64)
-        return TokenTree(tokens, parents, unused, unused, unused, unused)
 
     def segments(self, query_ends: Sequence[int], num_computed: Sequence[int]) -> list[list[Segment]]:
         """Return every request's segments, first path first.
@@ -120,7 +145,7 @@ def assemble(
         else:
             size = len(tokens) + 1
             num_truncated += size < len(tree.parents)
-            trees.append(DraftTree(tokens, tree.parents[:size], tree.depths[:size], tree.scores[: len(tokens)]))
+            trees.append(tree.first(size))
         root_rows.append(query_end - 1 - len(tokens))
         logit_rows.append(num_logits)
         num_logits += 1 + len(tokens)

@@ -3,20 +3,54 @@
 The sampler is called once per depth on one row per request, as if that depth were a decoding step of its own: the
 tokens accepted so far stand in the request's output, a seeded generator is drawn from once per emitted token, and
 every sampling option means what it means without speculation.
+
+Trees and walks are plain lists here: on a CPU that has just read a model's weights, a few dozen tensor operations cost
+more than the lists of a whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_redrafter.adapter.tree_batch import TreeBatch
-from vllm_redrafter.core import acceptance
+from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
+
+
+class Walk(NamedTuple):
+    """What a verification yields, by request: the accepted drafts and one token more."""
+
+    tokens: list[list[int]]
+    nodes: list[list[int]]
+    """The root and the accepted nodes: every token was drawn at the node in its place."""
+
+
+Draw = Callable[[list[int]], list[int]]
+"""Draws one token of the target per request, given the node at which each stands; called once per depth."""
+
+
+def walk(trees: Sequence[DraftTree], draw: Draw) -> Walk:
+    """Return the tokens that the target emits for every request."""
+    children = [tree.children() for tree in trees]
+    at = [0] * len(trees)
+    walked = Walk([[] for _ in trees], [[] for _ in trees])
+    walking = list(range(len(trees)))
+    while walking:
+        drawn = draw(at)
+        going_on = []
+        for request in walking:
+            walked.tokens[request].append(drawn[request])
+            walked.nodes[request].append(at[request])
+            child = children[request].get((at[request], drawn[request]))
+            if child is not None:
+                at[request] = child
+                going_on.append(request)
+        walking = going_on
+    return walked
 
 
 class Verifier:
@@ -32,8 +66,8 @@ class Verifier:
         metadata: SamplingMetadata,
         outputs: Sequence[list[int]],
         discarded: frozenset[int],
-    ) -> tuple[SamplerOutput, acceptance.Walk]:
-        """Return the tokens of every request, padded with -1, and the nodes that they were drawn at.
+    ) -> tuple[SamplerOutput, Walk]:
+        """Return the tokens of every request, and the nodes that they were drawn at.
 
         Args:
             outputs: the tokens emitted so far, by request: the very lists that penalties and `min_tokens` look at.
@@ -42,29 +76,26 @@ class Verifier:
         """
         if not batch.has_drafts:
             return self._sample_roots(logits, metadata, discarded)
-        first_rows = torch.tensor(batch.logit_rows)
-        tree = batch.as_token_tree()
         if is_plain_greedy(metadata):
-            choices = self.sampler.greedy_sample(logits.float()).long()
-            # padding nodes read some other row: no parent leads to them
-            rows = (first_rows[:, None] + torch.arange(tree.token_ids.shape[1])).clamp(max=len(choices) - 1)
-            walk = acceptance.greedy_walk(tree, choices[rows])
-            return SamplerOutput(walk.token_ids.int(), None), walk
-        draw = _SamplerDraw(self.sampler, logits, first_rows, metadata, outputs, discarded)
+            choices = self.sampler.greedy_sample(logits.float()).tolist()
+            walked = walk(
+                batch.trees, lambda at: [choices[row + node] for row, node in zip(batch.logit_rows, at, strict=True)]
+            )
+            return SamplerOutput(_padded(walked.tokens), None), walked
+        draw = _SamplerDraw(self.sampler, logits, batch.logit_rows, metadata, outputs, discarded)
         lengths = [len(output) for output in outputs]
-        walk = acceptance.walk(tree, draw)
+        walked = walk(batch.trees, draw)
         # vLLM appends the accepted tokens itself
         for output, length in zip(outputs, lengths, strict=True):
             del output[length:]
-        return SamplerOutput(walk.token_ids.int(), draw.logprobs()), walk
+        return SamplerOutput(_padded(walked.tokens), draw.logprobs()), walked
 
     def _sample_roots(
         self, logits: torch.Tensor, metadata: SamplingMetadata, discarded: frozenset[int]
-    ) -> tuple[SamplerOutput, acceptance.Walk]:
+    ) -> tuple[SamplerOutput, Walk]:
         """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
         output = self.sampler(logits, _drawing_for(set(range(len(logits))) - discarded, metadata))
-        at_root = torch.zeros(len(logits), 1, dtype=torch.int64)
-        return output, acceptance.Walk(output.sampled_token_ids.long(), at_root, at_root[:, 0])
+        return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
 
 
 class _SamplerDraw:
@@ -74,7 +105,7 @@ class _SamplerDraw:
         self,
         sampler: Any,
         logits: torch.Tensor,
-        first_rows: torch.Tensor,  # [batch]
+        first_rows: Sequence[int],
         metadata: SamplingMetadata,
         outputs: Sequence[list[int]],
         discarded: frozenset[int],
@@ -89,19 +120,18 @@ class _SamplerDraw:
         self.last_tokens: list[int] = []
         self.columns: list[LogprobsTensors] = []
 
-    def __call__(self, nodes: torch.Tensor) -> torch.Tensor:  # [batch] -> [batch]
+    def __call__(self, nodes: list[int]) -> list[int]:
         """Return one token per request, drawn from the target's distribution at `nodes`."""
-        node_list: list[int] = nodes.tolist()
         if self.last_nodes is not None:
-            self._append_accepted(node_list)
-        metadata = replace(_drawing_for(self.alive, self.metadata), spec_token_ids=[[] for _ in node_list])
+            self._append_accepted(nodes)
+        metadata = replace(_drawing_for(self.alive, self.metadata), spec_token_ids=[[] for _ in nodes])
+        rows = torch.tensor([row + node for row, node in zip(self.first_rows, nodes, strict=True)])
         # the sampler works in place on fp32 logits: it gets rows of its own
-        output = self.sampler(self.logits[self.first_rows + nodes], metadata)
+        output = self.sampler(self.logits[rows], metadata)
         if output.logprobs_tensors is not None:
             self.columns.append(output.logprobs_tensors)
-        tokens: torch.Tensor = output.sampled_token_ids[:, 0].long()
-        self.last_nodes, self.last_tokens = node_list, tokens.tolist()
-        return tokens
+        self.last_nodes, self.last_tokens = list(nodes), output.sampled_token_ids[:, 0].tolist()
+        return self.last_tokens
 
     def logprobs(self) -> LogprobsTensors | None:
         """Return what the sampler reported, one row per request and depth, the depths of a request together."""
@@ -123,6 +153,12 @@ class _SamplerDraw:
             self.outputs[index].append(self.last_tokens[index])
         for processor in self.metadata.logitsprocs.all:
             processor.update_state(None)
+
+
+def _padded(tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return vLLM's form of what was emitted, [batch, most tokens] int32, with -1 behind the last token."""
+    width = max(len(row) for row in tokens)
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in tokens], dtype=torch.int32)
 
 
 def _drawing_for(requests: Set[int], metadata: SamplingMetadata) -> SamplingMetadata:
