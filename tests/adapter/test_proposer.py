@@ -27,9 +27,15 @@ HIDDEN, VOCAB, BATCH = 16, 24, 5
 NO_FLOOR = float("-inf")
 
 
-def proposer_of(options: ReDrafterOptions, dtype: torch.dtype = torch.float32) -> ReDrafterProposer:
+def proposer_of(
+    options: ReDrafterOptions, dtype: torch.dtype = torch.float32, num_ranks: int = 1
+) -> ReDrafterProposer:
     """Return the proposer as vLLM builds it: from its config alone."""
-    found = SimpleNamespace(additional_config={"redrafter": asdict(options)}, model_config=SimpleNamespace(dtype=dtype))
+    found = SimpleNamespace(
+        additional_config={"redrafter": asdict(options)},
+        model_config=SimpleNamespace(dtype=dtype),
+        parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
+    )
     return ReDrafterProposer(found)
 
 
@@ -242,18 +248,40 @@ def test_loading_says_what_was_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
     assert messages == [f"Loaded the drafter {tmp_path} (0.0M parameters, torch.float32)"]
 
 
-def test_a_large_drafter_is_held_in_bf16_where_the_processor_multiplies_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("seconds", "num_ranks", "expected"),
+    [
+        ({torch.float32: 2.0, torch.bfloat16: 1.0}, 1, torch.bfloat16),
+        ({torch.float32: 1.0, torch.bfloat16: 2.0}, 1, torch.float32),
+        # ranks might choose differently
+        ({torch.float32: 2.0, torch.bfloat16: 1.0}, 2, torch.float32),
+    ],
+)
+def test_a_large_drafter_is_held_in_bf16_where_that_is_faster(
+    seconds: dict[torch.dtype, float],
+    num_ranks: int,
+    expected: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    proposer = proposer_of(stored(tmp_path))
+    monkeypatch.setattr(proposer_module, "search_seconds", lambda proposer: seconds[proposer.dtype])
+    proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
-    assert {parameter.dtype for parameter in proposer.drafter.parameters()} == {torch.bfloat16}
-    candidates = proposer.search(torch.randn(2, HIDDEN), torch.tensor([1, 2]), NO_FLOOR)
-    assert candidates.log_probs.dtype == torch.float32
+    assert {parameter.dtype for parameter in proposer.drafter.parameters()} == {expected}
+    hidden, init_ids = inputs()
+    found = proposer.search(hidden, init_ids, NO_FLOOR)
+    assert found.log_probs.dtype == torch.float32
+
+
+def test_the_time_of_a_search_is_measured_on_the_drafter_at_hand(tmp_path: Path) -> None:
+    proposer = proposer_of(stored(tmp_path))
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+
+    assert 0 < proposer_module.search_seconds(proposer) < 10
 
 
 @pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])

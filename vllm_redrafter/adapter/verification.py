@@ -94,7 +94,9 @@ class Verifier:
         self, logits: torch.Tensor, metadata: SamplingMetadata, discarded: frozenset[int]
     ) -> tuple[SamplerOutput, Walk]:
         """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
-        output = self.sampler(logits, _drawing_for(set(range(len(logits))) - discarded, metadata))
+        if discarded:
+            metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
+        output = self.sampler(logits, metadata)
         return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
 
 
