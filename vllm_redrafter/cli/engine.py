@@ -173,7 +173,7 @@ class Engine:
             process.wait()
             events.close()
             if self._log is not None and not self._died:
-                self._log.unlink()
+                self._log.unlink(missing_ok=True)
             self._process = None
 
     def _send(self, message: dict[str, Any]) -> None:
