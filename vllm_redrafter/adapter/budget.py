@@ -135,6 +135,7 @@ class Budget:
         self._draft_length = draft_length
         self._calibrations = {True: Calibration(), False: Calibration()}  # by whether the request is greedy
         self._loads: dict[int, Load] = {}
+        self._expected: dict[int, float] = {}  # asked for at every step
 
     def load(self, batch_size: int) -> Load:
         """Return the record for batches of about `batch_size` requests."""
@@ -212,12 +213,18 @@ class Budget:
     def observe_step(self, step: StepRecord) -> None:
         """Learn from a step of decoding."""
         load = self.load(step.batch_size)
-        expected = float(self._times.at(np.array(float(step.batch_size + step.num_nodes))))
+        expected = self._expected_seconds(step.batch_size + step.num_nodes)
         (load.drafted_ratio if step.num_nodes else load.plain_ratio).append(step.forward_seconds / expected)
         if step.draft_seconds is not None:
             load.draft_seconds.append(step.draft_seconds)
         other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
         load.other_seconds.append(max(other, 0.0))
+
+    def _expected_seconds(self, num_rows: int) -> float:
+        """Return what a forward pass of so many rows took at start."""
+        if num_rows not in self._expected:
+            self._expected[num_rows] = float(self._times.at(np.array(float(num_rows))))
+        return self._expected[num_rows]
 
     def as_dict(self) -> dict[str, Any]:
         """Return, by load, what was learnt: for statistics."""

@@ -103,6 +103,7 @@ CONTRACTS = (
     Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
     Contract(_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
     Contract(_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
+    Contract(_RUNNER, "GPUModelRunner._calc_spec_decode_metadata", ("num_draft_tokens", "cu_num_scheduled_tokens")),
     Contract(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
     Contract(
         _RUNNER,

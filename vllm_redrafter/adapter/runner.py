@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from vllm.v1.sample.logits_processor import (
     MinPLogitsProcessor,
     MinTokensLogitsProcessor,
 )
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_redrafter.adapter import attention, step_times, tree_batch
@@ -31,6 +33,8 @@ from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
 from vllm_redrafter.core.beam_search import Candidates
+
+Number = TypeVar("Number", int, float)
 
 
 class TreeModelRunner(CPUModelRunner):
@@ -109,6 +113,17 @@ class TreeModelRunner(CPUModelRunner):
             self.input_ids.gpu[rows].clamp_(min=0)
         self.stats.adapter_seconds += time.perf_counter() - started
         return prepared
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: np.ndarray[Any, Any], cu_num_scheduled_tokens: np.ndarray[Any, Any]
+    ) -> SpecDecodeMetadata:
+        """Return the rows that logits are computed for, and leave out what vLLM's own acceptance would need."""
+        num_logits = num_draft_tokens + 1
+        rows = np.arange(num_logits.sum()) + np.repeat(cu_num_scheduled_tokens - num_logits.cumsum(), num_logits)
+        unused = torch.empty(0)
+        return SpecDecodeMetadata(
+            unused, num_draft_tokens.tolist(), unused, unused, unused, unused, logits_indices=torch.from_numpy(rows)
+        )
 
     def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
@@ -235,17 +250,16 @@ class TreeModelRunner(CPUModelRunner):
         """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing."""
         if self._budget is None:
             return float("-inf")
-        should_draft = self._budget.should_draft(batch_size)
-        floor = _from_first_rank(torch.tensor([self._budget.floor(batch_size) if should_draft else float("nan")]))
-        return None if bool(floor.isnan()) else float(floor)
+        floor = self._budget.floor(batch_size) if self._budget.should_draft(batch_size) else math.nan
+        (agreed,) = _from_first_rank([floor])
+        return None if math.isnan(agreed) else agreed
 
     def _agreed_budgets(self, candidates: Candidates, greedy: list[bool]) -> list[int]:
         """Return how many nodes every request may verify, the same on all ranks."""
         if self._budget is None:
             return [self.drafter.options.num_speculative_tokens] * len(greedy)
         best_first = -np.sort(-candidates.log_probs.double().numpy(), axis=1)
-        budgets: list[int] = _from_first_rank(torch.from_numpy(self._budget.choose(best_first, greedy))).tolist()
-        return budgets
+        return _from_first_rank(self._budget.choose(best_first, greedy).tolist())
 
 
 def is_greedy(parameters: Any) -> bool:
@@ -260,8 +274,10 @@ def num_emitted(tokens: list[int], num_output_tokens: int, parameters: Any) -> i
     return min(len(tokens), room, *ends)
 
 
-def _from_first_rank(decision: torch.Tensor) -> torch.Tensor:
-    """Return the first rank's value: decisions that rest on times differ between ranks, and drafts must not."""
+def _from_first_rank(decision: list[Number]) -> list[Number]:
+    """Return the first rank's numbers: decisions that rest on times differ between ranks, and drafts must not."""
     group = get_tp_group()
-    agreed: torch.Tensor = decision if group.world_size == 1 else group.broadcast(decision, src=0)
-    return agreed
+    if group.world_size == 1:
+        return decision
+    agreed: list[Number] = group.broadcast(torch.tensor(decision, dtype=torch.float64), src=0).tolist()
+    return [type(own)(number) for own, number in zip(decision, agreed, strict=True)]

@@ -94,9 +94,12 @@ class Verifier:
         self, logits: torch.Tensor, metadata: SamplingMetadata, discarded: frozenset[int]
     ) -> tuple[SamplerOutput, Walk]:
         """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
-        if discarded:
-            metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
-        output = self.sampler(logits, metadata)
+        if is_plain_greedy(metadata):
+            output = SamplerOutput(self.sampler.greedy_sample(logits.float()).int()[:, None], None)
+        else:
+            if discarded:
+                metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
+            output = self.sampler(logits, metadata)
         return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
 
 
