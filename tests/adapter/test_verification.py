@@ -302,6 +302,25 @@ def test_the_fast_path_calls_no_sampler_and_leaves_the_logits_alone() -> None:
     assert torch.equal(step.logits, before)
 
 
+@pytest.mark.parametrize("names", [["greedy", "greedy"], ["greedy", "seeded"], ["penalties, seeded", "logprobs"]])
+def test_a_batch_without_drafts_emits_one_token_each_as_plain_decoding_does(names: list[str]) -> None:
+    cases = [CASES[name] for name in names]
+    plain = [autoregressive(case, request, 1) for request, case in enumerate(cases)]
+    step = Step(cases, [chain_of([]), chain_of([])], range(2))
+
+    output, walked = step.verify()
+
+    assert emitted(walked) == [tokens for tokens, _, _ in plain]
+    assert walked.nodes == [[0], [0]]
+    assert output.sampled_token_ids.tolist() == walked.tokens
+    assert output.sampled_token_ids.dtype == torch.int32
+    for index, (_, logprobs, generator) in enumerate(plain):
+        if logprobs[0] is not None:
+            assert torch.equal(output.logprobs_tensors.logprobs[index, :1], logprobs[0].logprobs[0, :1])
+        if generator is not None:
+            assert torch.equal(step.states[index].generator.get_state(), generator.get_state())
+
+
 def test_the_slow_path_leaves_the_logits_alone() -> None:
     step = Step([CASES["penalties, seeded"]], [tree_of([(1, 2), (3,)])], [0])
     before = step.logits.clone()

@@ -25,6 +25,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 _WINDOW = 15  # measurements that a median is taken over
+_ENOUGH_PASSES = 3  # passes with so many nodes after which they stand for themselves
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256
 _GAIN_WEIGHT = 0.1  # of a new promise in the moving average
@@ -96,6 +97,8 @@ class Load:
         self.plain_ratio: deque[float] = deque(maxlen=_WINDOW)
         """Seconds of a forward pass without drafts over those expected from the passes at start."""
         self.drafted_ratio: deque[float] = deque(maxlen=_WINDOW)
+        self.ratios: dict[int, deque[float]] = {}
+        """Both, by the number of nodes: a node costs more than its row, which is all that the passes at start know."""
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
         """Scheduling, sampling and messages: what is neither forward pass nor drafting."""
@@ -190,7 +193,11 @@ class Budget:
         passes = self._times.at(batch_size + np.arange(len(tokens), dtype=np.float64))
         other = _median(load.other_seconds, 0.0)
         drafted_ratio = _median(load.drafted_ratio, 1.0)
-        seconds = passes * drafted_ratio + other + _median(load.draft_seconds, 0.0)
+        ratios = np.full(len(passes), drafted_ratio)
+        for num_nodes, seen in load.ratios.items():
+            if num_nodes < len(ratios) and len(seen) >= _ENOUGH_PASSES:
+                ratios[num_nodes] = median(seen)
+        seconds = passes * ratios + other + _median(load.draft_seconds, 0.0)
         speeds = tokens / seconds
         count = int(np.argmax(speeds))
         plain_speed = batch_size / float(passes[0] * _median(load.plain_ratio, drafted_ratio) + other)
@@ -214,7 +221,9 @@ class Budget:
         """Learn from a step of decoding."""
         load = self.load(step.batch_size)
         expected = self._expected_seconds(step.batch_size + step.num_nodes)
-        (load.drafted_ratio if step.num_nodes else load.plain_ratio).append(step.forward_seconds / expected)
+        ratio = step.forward_seconds / expected
+        (load.drafted_ratio if step.num_nodes else load.plain_ratio).append(ratio)
+        load.ratios.setdefault(step.num_nodes, deque(maxlen=_WINDOW)).append(ratio)
         if step.draft_seconds is not None:
             load.draft_seconds.append(step.draft_seconds)
         other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
