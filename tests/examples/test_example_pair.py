@@ -77,6 +77,20 @@ def test_greedy_text_is_made_of_words(target: PreTrainedModel, tokenizer: PreTra
     assert Counter(generation.token_ids).most_common(1)[0][1] < 20
 
 
+def test_greedy_prose_seldom_repeats_itself(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> None:
+    shares = []
+    for prompt in prompts:
+        if not prompt.startswith("def "):
+            ids = autoregressive(target, torch.tensor(tokenizer.encode(prompt)), 48).token_ids
+            runs = list(zip(*(ids[start:] for start in range(6)), strict=False))
+            shares.append(len(set(runs)) / len(runs))
+
+    # text that loops from its second sentence on has a share of 0.5
+    assert sum(shares) / len(shares) > 0.85
+
+
 def test_a_chat_is_laid_out_as_user_and_assistant(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": "What does zip do?"}]
 
