@@ -27,9 +27,7 @@ HIDDEN, VOCAB, BATCH = 16, 24, 5
 NO_FLOOR = float("-inf")
 
 
-def proposer_of(
-    options: ReDrafterOptions, dtype: torch.dtype = torch.float32, num_ranks: int = 1
-) -> ReDrafterProposer:
+def proposer_of(options: ReDrafterOptions, dtype: torch.dtype = torch.float32, num_ranks: int = 1) -> ReDrafterProposer:
     """Return the proposer as vLLM builds it: from its config alone."""
     found = SimpleNamespace(
         additional_config={"redrafter": asdict(options)},
@@ -103,10 +101,7 @@ def test_a_batch_without_budget_gets_roots_alone() -> None:
     hidden, init_ids = inputs()
     candidates = proposer.search(hidden, init_ids, NO_FLOOR)
 
-    assert (
-        proposer.trees(candidates, [0] * BATCH, [False] * BATCH)
-        == [DraftTree([], [-1], [0], [])] * BATCH
-    )
+    assert proposer.trees(candidates, [0] * BATCH, [False] * BATCH) == [DraftTree([], [-1], [0], [])] * BATCH
 
 
 def test_a_linear_request_gets_the_first_path_of_its_tree_and_its_neighbours_their_trees() -> None:

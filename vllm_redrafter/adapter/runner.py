@@ -1,4 +1,6 @@
-"""vLLM's V1 model runner with token trees: what a step does differently, in the order in which a step does it.
+"""vLLM's V1 model runner with token trees.
+
+What a step does differently, in the order in which a step does it:
 
     _prepare_inputs            which trees this step verifies; node i of a tree stands at position context + depth
     _build_attention_metadata  the attention rounds of branching trees
