@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--as-is",
         action="store_true",
-        help="do not grow the example target, whose steps are too short for any speed-up (see `bench grow`)",
+        help="do not grow the example target, a step of which takes little longer than drafting (see `bench grow`)",
     )
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="text, JSONL, MT-Bench or ShareGPT")
     parser.add_argument(
@@ -127,9 +127,9 @@ def _pair(arguments: argparse.Namespace, progress: Progress) -> Iterator[tuple[s
             progress.clear()
             if not arguments.json_only:
                 print(
-                    "The example target is so small that nothing could speed it up. For this comparison it is grown "
-                    "by weights\nthat change nothing of what it computes: it says the same, at the price of a model "
-                    "of 75M parameters.\n(--as-is: not grown.)\n"
+                    "The example target is so small that a step takes little longer than drafting. For this comparison "
+                    "it is grown\nby weights that change nothing of what it computes: it says the same, at the price "
+                    "of a model of 75M parameters.\n(--as-is: not grown.)\n"
                 )
             yield str(target), str(drafter)
 
