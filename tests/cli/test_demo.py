@@ -127,25 +127,28 @@ def test_the_example_pair_is_grown_unless_it_is_wanted_as_it_is(
     monkeypatch.setattr(demo, "EXAMPLES", tmp_path)
     grown: list[Path] = []
 
-    def grow(directory: Path) -> tuple[Path, Path]:
+    def grow(directory: Path) -> int:
         grown.append(directory)
-        return tuple(shutil.copytree(tmp_path / name, directory / name) for name in ("target", "drafter"))
+        for name in ("target", "drafter"):
+            shutil.copytree(tmp_path / name, directory / name)
+        return 61_000_000
 
     monkeypatch.setattr(demo, "_grow", grow)
 
     assert main(["demo", "--max-tokens", "4", *(["--as-is"] if as_is else [])]) == 0
-    assert ("it is grown" in capsys.readouterr().out) is not as_is
+    out = capsys.readouterr().out
+    assert ("it is grown" in out) is ("61M parameters" in out) is not as_is
     assert len(grown) == (not as_is)
     assert not any(directory.exists() for directory in grown), "what was grown is not left behind"
 
 
 def test_growth_makes_a_target_of_the_size_that_is_told(tmp_path: Path) -> None:
-    target, drafter = demo._grow(tmp_path)
+    told = demo._grow(tmp_path)
 
-    with safe_open(target / "model.safetensors", "pt") as tensors:
+    with safe_open(tmp_path / "target" / "model.safetensors", "pt") as tensors:
         sizes = [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
-    assert sum(sizes) == pytest.approx(75e6, rel=0.05)
-    assert load_drafter(drafter).config.hidden_size == demo.GROWTH_FACTOR * 256
+    assert sum(sizes) == told == pytest.approx(75e6, rel=0.05)
+    assert load_drafter(tmp_path / "drafter").config.hidden_size == demo.GROWTH_FACTOR * 256
 
 
 def test_only_the_example_target_can_be_wanted_as_it_is(

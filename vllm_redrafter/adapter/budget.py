@@ -94,11 +94,11 @@ class Load:
     """What steps cost and bring at one level of load (a power of two of requests)."""
 
     def __init__(self) -> None:
-        self.plain_ratio: deque[float] = deque(maxlen=_WINDOW)
-        """Seconds of a forward pass without drafts over those expected from the passes at start."""
-        self.drafted_ratio: deque[float] = deque(maxlen=_WINDOW)
         self.ratios: dict[int, deque[float]] = {}
-        """Both, by the number of nodes: a node costs more than its row, which is all that the passes at start know."""
+        """Seconds of a forward pass over those expected from the passes at start, by its number of nodes: a node costs
+        more than its row, which is all that those know of."""
+        self.drafted_ratio: deque[float] = deque(maxlen=_WINDOW)
+        """The same of the last passes with nodes, however many."""
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
         """Scheduling, sampling and messages: what is neither forward pass nor drafting."""
@@ -200,7 +200,7 @@ class Budget:
         seconds = passes * ratios + other + _median(load.draft_seconds, 0.0)
         speeds = tokens / seconds
         count = int(np.argmax(speeds))
-        plain_speed = batch_size / float(passes[0] * _median(load.plain_ratio, drafted_ratio) + other)
+        plain_speed = batch_size / float(passes[0] * _median(load.ratios.get(0, ()), drafted_ratio) + other)
         load.speed = float(speeds[count])
         promise = load.speed / plain_speed
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
@@ -222,7 +222,8 @@ class Budget:
         load = self.load(step.batch_size)
         expected = self._expected_seconds(step.batch_size + step.num_nodes)
         ratio = step.forward_seconds / expected
-        (load.drafted_ratio if step.num_nodes else load.plain_ratio).append(ratio)
+        if step.num_nodes:
+            load.drafted_ratio.append(ratio)
         load.ratios.setdefault(step.num_nodes, deque(maxlen=_WINDOW)).append(ratio)
         if step.draft_seconds is not None:
             load.draft_seconds.append(step.draft_seconds)
@@ -240,7 +241,7 @@ class Budget:
         return {
             f"<{1 << bits}": {
                 "gain": load.gain,
-                "plain_ratio": _median(load.plain_ratio, math.nan),
+                "plain_ratio": _median(load.ratios.get(0, ()), math.nan),
                 "drafted_ratio": _median(load.drafted_ratio, math.nan),
                 "draft_ms": 1e3 * _median(load.draft_seconds, math.nan),
                 "other_ms": 1e3 * _median(load.other_seconds, math.nan),

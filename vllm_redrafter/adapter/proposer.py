@@ -54,7 +54,8 @@ class ReDrafterProposer:
         if self.drafter.config.tie_lm_head:
             self.drafter.tie_head(_full_head(target, embedding, self.drafter.config.vocab_size))
         self._fold_embeddings()
-        if num_parameters > _LARGE and self.has_one_rank and torch.cpu._is_avx512_bf16_supported():
+        can_choose = self.has_one_rank and self.dtype != torch.bfloat16
+        if num_parameters > _LARGE and can_choose and torch.cpu._is_avx512_bf16_supported():
             self._choose_precision()
         logger.info(
             "Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, num_parameters / 1e6, self.dtype

@@ -21,7 +21,7 @@ from vllm_redrafter.cli.prompts import read_conversations
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "models"
 MAX_EXAMPLE_PROMPTS = 8
 GROWTH_FACTOR = 4
-"""Times as wide as the example target is what the demo runs: 75M parameters, a step of which outlasts drafting."""
+"""Times as wide as the example target is what the demo runs, so that a step outlasts drafting."""
 
 
 def add_parser(commands: Any) -> None:
@@ -123,26 +123,26 @@ def _pair(arguments: argparse.Namespace, progress: Progress) -> Iterator[tuple[s
     else:
         with tempfile.TemporaryDirectory(prefix="vllm-redrafter-") as directory:
             progress.say("growing the example target")
-            target, drafter = _grow(Path(directory))
+            num_parameters = _grow(Path(directory))
             progress.clear()
             if not arguments.json_only:
                 print(
                     "The example target is so small that a step takes little longer than drafting. For this comparison "
                     "it is grown\nby weights that change nothing of what it computes: it says the same, at the price "
-                    "of a model of 75M parameters.\n(--as-is: not grown.)\n"
+                    f"of a model of {num_parameters / 1e6:.0f}M parameters.\n(--as-is: not grown.)\n"
                 )
-            yield str(target), str(drafter)
+            yield f"{directory}/target", f"{directory}/drafter"
 
 
-def _grow(directory: Path) -> tuple[Path, Path]:
+def _grow(directory: Path) -> int:
+    """Write the example pair, grown, as `target` and `drafter`; return the target's number of parameters."""
     from transformers.utils import logging
 
     from vllm_redrafter.bench.grow import TargetShape, grow_drafter, grow_target
 
     logging.disable_progress_bar()
-    grow_target(EXAMPLES / "target", directory / "target", TargetShape(GROWTH_FACTOR))
     grow_drafter(EXAMPLES / "drafter", directory / "drafter", GROWTH_FACTOR)
-    return directory / "target", directory / "drafter"
+    return grow_target(EXAMPLES / "target", directory / "target", TargetShape(GROWTH_FACTOR))
 
 
 def _stream(engine: Engine, prompt: Prompt, sampling: dict[str, Any], style: color.Style) -> None:
