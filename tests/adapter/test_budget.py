@@ -207,6 +207,19 @@ def test_slower_passes_than_measured_at_start_shrink_the_budget() -> None:
 # the floor of the search
 
 
+def test_passes_with_as_many_nodes_tell_what_those_nodes_cost() -> None:
+    budget = Budget(FREE, max_nodes=8)
+    log_probs = np.log(np.full((1, 8), 0.5))
+    assert budget.choose(log_probs, [True]).tolist() == [8]
+
+    for num_nodes in range(1, 9):
+        for _ in range(3):
+            # rows are free, as at start, but from the fourth node on there is something else to pay
+            budget.observe_step(StepRecord(1, num_nodes, 1.0 if num_nodes < 4 else 4.0, 0.0, 4.0))
+
+    assert budget.choose(log_probs, [True]).tolist() == [3]
+
+
 @settings(max_examples=200, deadline=None)
 @given(seeds, st.integers(1, 4), st.integers(1, 8))
 def test_the_floor_cuts_no_node_that_would_be_chosen_again(seed: int, batch_size: int, most: int) -> None:
