@@ -21,6 +21,21 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Parse a number above 0."""
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
 def node_budget(text: str) -> int:
     """Parse a number of tree nodes, 1..63."""
     if not text.isdecimal() or not 1 <= int(text) <= MAX_NODES:
