@@ -24,13 +24,13 @@ def test_nothing_is_predicted_across_a_documents_edge_or_in_padding() -> None:
 
     batch = Batch(**collate(sequences))
 
-    assert batch.token_ids.shape == (2, 9)
+    assert batch.token_ids.shape == (2, 64)
     starts = batch.position_ids == 0
-    assert starts[1].nonzero()[:, 0].tolist() == [0, 3]
+    assert starts.nonzero().tolist() == [[0, 0], [0, 5], [0, 9], [1, 0], [1, 3]]
     for offset, rows in enumerate(predictable(batch, 3)):
         for row, position in rows.nonzero().tolist():
             assert not starts[row, position - 1 - offset : position + 1].any()
-            assert row == 0 or position < 3
+            assert position < (9 if row == 0 else 3)
 
 
 def test_only_targets_are_predicted_but_prompts_are_read() -> None:

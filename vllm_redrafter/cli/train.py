@@ -81,7 +81,12 @@ def _add_run(group: Any) -> None:
     )
     _add(group, "chat-template", metavar="FILE", type=Path, help="Jinja template with generation spans")
     _add(group, "text-separator", metavar="TEXT", help="between the documents of a text file (<|endoftext|>)")
-    group.add_argument("--dtype", choices=options.DTYPES, default="auto", help="of the target (default: auto)")
+    group.add_argument(
+        "--dtype",
+        choices=options.DTYPES,
+        default="auto",
+        help="of the target (default: its own on a GPU, float32 on a CPU)",
+    )
     _add(group, "bf16", action=argparse.BooleanOptionalAction, help="compute in bf16 (default: where it is native)")
 
 

@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from vllm_redrafter.training.packing import PackedSequence
 
+_LENGTH_STEP = 64
+"""Batches are padded to a multiple of it: libraries keep what they prepared for every size of a product."""
+
 
 class Batch(NamedTuple):
     """Sequences of one length; what pads the shorter ones is a document of its own without targets."""
@@ -21,7 +24,8 @@ class Batch(NamedTuple):
 
 def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
     """Return the fields of a `Batch` under their names, as a data loader hands them to a trainer."""
-    length = max(len(sequence.token_ids) for sequence in sequences)
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
     columns: list[list[torch.Tensor]] = [[], [], []]
     for sequence in sequences:
         padding = length - len(sequence.token_ids)

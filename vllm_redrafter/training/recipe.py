@@ -44,7 +44,8 @@ class Recipe:
     num_evaluations: int = 10
     patience: int | None = None
     """Evaluations without a longer acceptance before the training ends early; None never ends it."""
-    bf16: bool = False
+    bf16: bool | None = None
+    """Whether products are computed in bf16; None for where that is native."""
     seed: int = 0
     report_to: tuple[str, ...] = ()
     """`tensorboard`, `wandb`: where figures go besides the terminal."""
@@ -133,7 +134,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, *, evaluates: bool) ->
         weight_decay=0.01,
         # the second moment follows a loss that falls fast at the beginning
         adam_beta2=0.98,
-        bf16=recipe.bf16,
+        bf16=_has_bf16() if recipe.bf16 is None else recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         eval_strategy=strategy,
         eval_steps=interval,
         save_strategy="steps",
@@ -151,3 +153,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path, *, evaluates: bool) ->
         # every rank divides by the targets of all: nothing is left to average
         average_tokens_across_devices=False,
     )
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()

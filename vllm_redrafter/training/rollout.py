@@ -156,7 +156,7 @@ class Rollout(nn.Module):
     def _own_embeddings(self, state: DraftState) -> torch.Tensor:
         best = self.drafter.logits(state).argmax(dim=-1)
         ids = self.drafter.target_ids()
-        return self._target[0].embed(best if ids is None else ids[best])
+        return self._target[0].embed(best if ids is None else ids[best]).to(state.recurrent.dtype)
 
     def _expected(self, text: _Text, start: int, size: int) -> Expected:
         """Return what is expected where `_draft` drafts, [num_offsets, size, ...]: views that overlap."""
@@ -177,9 +177,11 @@ class Rollout(nn.Module):
     def _text(self, batch: Batch) -> _Text:
         view = self._target[0].read(batch)
         beyond = self.objective.num_offsets + 1
+        # a target in half precision, a drafter that is trained in full
+        dtype = next(self.drafter.parameters()).dtype
         return _Text(
-            functional.pad(view.hidden.flatten(0, 1), (0, 0, 0, beyond)),
-            functional.pad(view.embeddings.flatten(0, 1), (0, 0, 0, beyond)),
+            functional.pad(view.hidden.flatten(0, 1).to(dtype), (0, 0, 0, beyond)),
+            functional.pad(view.embeddings.flatten(0, 1).to(dtype), (0, 0, 0, beyond)),
             functional.pad(self.draft_ids[batch.token_ids.flatten()], (0, beyond), value=-1),
             functional.pad(self._valid(batch).flatten(1), (0, beyond)),
         )

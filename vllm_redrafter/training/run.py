@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -63,6 +64,9 @@ def load_target(name: str, revision: str | None = None, dtype: str = "auto") -> 
     Raises:
         ValueError: the tokenizer has tokens that the model has no embedding for.
     """
+    if dtype == "auto" and not torch.accelerator.is_available():
+        # what a CPU computes in half precision, autocast chooses
+        dtype = "float32"
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     target = FrozenTarget(model)

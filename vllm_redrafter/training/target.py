@@ -76,7 +76,7 @@ class FrozenTarget:
         return self._logits(hidden).log_softmax(dim=-1)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head(hidden).float()
+        logits = self._head(hidden.to(self.head_weight.dtype)).float()
         if self._soft_cap is not None:
             logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
         return logits

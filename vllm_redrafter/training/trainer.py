@@ -75,9 +75,10 @@ class ReDrafterTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         report = model(Batch(**inputs), num_items_in_batch, progress)
         # waits for the device, as the Trainer itself does before the next step
-        if not math.isfinite(float(report.loss)):
+        loss_value = float(report.loss.detach())
+        if not math.isfinite(loss_value):
             raise FloatingPointError(
-                f"the loss is {float(report.loss)} at step {self.state.global_step + 1}, and nothing of that step was "
+                f"the loss is {loss_value} at step {self.state.global_step + 1}, and nothing of that step was "
                 "kept: resume from the last checkpoint with a lower --learning-rate, or look at the data of that step"
             )
         self._loss_sums += report.loss_sums.cpu()
