@@ -204,7 +204,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
     drafter = make_drafter()
     make_trainer(drafter, make_arguments(tmp_path / "one", max_steps=4)).train()
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     program = [*launch, "tests.training.two_processes", str(tmp_path / "two")]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 

@@ -14,9 +14,18 @@ def require_training() -> None:
     Raises:
         CommandError: naming the extra.
     """
-    if importlib.util.find_spec("accelerate") is None:
-        raise CommandError("training needs accelerate, which is not installed: pip install 'vllm-redrafter[train]'")
+    require("accelerate", "train", "training")
     # read when the libraries are imported
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def require(package: str, extra: str, what_for: str) -> None:
+    """Refuse to go on without a package of one of our extras.
+
+    Raises:
+        CommandError: naming the extra.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise CommandError(f"{what_for} needs {package}, which is not installed: pip install 'vllm-redrafter[{extra}]'")

@@ -94,6 +94,18 @@ def check_model(option: str, model: str) -> None:
         raise CommandError(f"{option}: no directory {model!r}: pass a model's directory or a Hub id")
 
 
+def read_text(option: str, path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{option}: cannot read {str(path)!r} ({error}): pass a text file") from None
+
+
 def speculative_config(drafter: str, **options: Any) -> dict[str, Any]:
     """Return what vLLM takes as `speculative_config`; options that are None are left to the drafter's config."""
     given = {name: value for name, value in options.items() if value is not None}

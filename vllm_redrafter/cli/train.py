@@ -170,7 +170,7 @@ def _documents(
         return quick.write_documents(target, tokenizer), [{"name": "written by the target", "sha256": None}]
     template = None
     if arguments.chat_template is not None:
-        template = _read_text("--chat-template", arguments.chat_template)
+        template = options.read_text("--chat-template", arguments.chat_template)
     loaded = corpus.load_corpus(
         arguments.data,
         tokenizer,
@@ -181,13 +181,6 @@ def _documents(
     progress.say(f"{len(loaded.documents)} documents; dropped: {corpus.describe(loaded.dropped) or 'none'}")
     paths = [Path(name) for name in arguments.data]
     return loaded.documents, [{"name": path.name, "sha256": digest(path) if path.is_file() else None} for path in paths]
-
-
-def _read_text(option: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{option}: cannot read {str(path)!r} ({error}): pass a text file") from None
 
 
 def _tell(trained: Any, target: str) -> None:

@@ -98,7 +98,7 @@ def build_drafter(target: FrozenTarget, recipe: Recipe, vocabulary: DraftVocabul
         num_speculative_tokens=recipe.num_speculative_tokens,
         trained_draft_length=recipe.objective.num_offsets,
         verifier=verifier,
-        verifier_architectures=target.model.config.architectures,
+        verifier_architectures=[type(target.model).__name__],
     )
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)

@@ -30,7 +30,7 @@ from vllm_redrafter.core import checkpoint
 from vllm_redrafter.training import provenance
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import choose_draft_vocabulary
-from vllm_redrafter.training.evaluation import HeldOut, hold_out
+from vllm_redrafter.training.evaluation import hold_out
 from vllm_redrafter.training.packing import pack
 from vllm_redrafter.training.recipe import Recipe, build_drafter, training_arguments
 from vllm_redrafter.training.rollout import Rollout
@@ -43,7 +43,7 @@ _MOST_HELD_OUT = 64
 _OPENING_LENGTH = 32
 """Tokens of a text without a prompt that the target is given to go on from."""
 _ANSWER_LENGTH = 128
-"""Tokens that the target writes for every held-out document."""
+"""Tokens that the target writes for every held-out document, where as many fit."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,11 @@ def train(
     if recipe.draft_vocab_size is not None:
         vocabulary = choose_draft_vocabulary(train_documents, recipe.draft_vocab_size, target.vocab_size)
     drafter = build_drafter(target, recipe, vocabulary, verifier)
-    arguments = training_arguments(recipe, checkpoints, evaluates=bool(held_out_documents))
+    answer_length = min(_ANSWER_LENGTH, recipe.max_length // 2)
+    prompts = openings(held_out_documents, recipe.max_length - answer_length)
+    arguments = training_arguments(recipe, checkpoints, evaluates=bool(prompts))
     target.to(arguments.device)
-    held_out = _held_out(target, held_out_documents, recipe.max_length)
+    held_out = hold_out(target, transcribe(target, prompts, answer_length)) if prompts else None
     stop = StopOnSignal()
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = ReDrafterTrainer(
@@ -176,10 +178,3 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _held_out(target: FrozenTarget, documents: Sequence[Document], max_length: int) -> HeldOut | None:
-    prompts = openings(documents, max_length - _ANSWER_LENGTH)
-    if not prompts:
-        return None
-    return hold_out(target, transcribe(target, prompts, _ANSWER_LENGTH))
