@@ -160,6 +160,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
         run.load_target(str(tmp_path))
 
 
+def test_figures_go_to_tensorboard_where_that_is_asked_for(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    documents = make_documents(*[20, 14, 30, 9] * 6)
+
+    train(documents, tmp_path, tokenizer, Recipe(**FAST, report_to=("tensorboard",)))
+
+    (file,) = tmp_path.glob("checkpoints/**/events.out.tfevents.*")
+    written = events.EventAccumulator(str(file)).Reload()
+    told = set(written.Tags()["scalars"])
+    assert {"train/loss", "train/loss_offset_5", "train/top1_offset_1", "eval/acceptance_length"} <= told
+
+
 def test_a_drafter_is_not_lost_to_a_seed_elsewhere() -> None:
     torch.manual_seed(1)
     first = build_drafter(make_target(), Recipe(seed=3), None, "t")
