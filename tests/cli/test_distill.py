@@ -208,33 +208,58 @@ def test_where_nothing_can_be_answered_the_command_fails(
     assert f"no prompt could be answered: {tmp_path / 'out.failed.jsonl'} says why" in capsys.readouterr().err
 
 
+def test_a_command_that_is_killed_goes_on_with_what_is_left(
+    make_distill: Callable[..., Distill], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill = make_distill([{"prompt": word} for word in ("a", "b", "c")], hangs=True)
+    output = tmp_path / "out.jsonl"
+    fake = Path(__file__).with_name("fake_engine_child.py")
+    code = (
+        "import sys; from vllm_redrafter.cli import engine, main\n"
+        f"engine.CHILD_COMMAND = (sys.executable, {str(fake)!r})\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    target = str(tmp_path / "target")
+    arguments = ["--target", target, "--prompts", str(tmp_path / "p.jsonl"), "--output", str(output)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "distill", *arguments, "--max-tokens", "2"], cwd=ROOT, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and not (output.exists() and output.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert [row["index"] for row in rows_of(output)] == [0]
+    (tmp_path / "target" / "fake.json").write_text("{}")
+
+    assert distill("--max-tokens", "2", "--resume") == 0
+
+    assert [row["index"] for row in rows_of(output)] == [0, 1, 2]
+    assert last_line(capsys)["num_records"] == 3
+
+
 @pytest.mark.engine
-def test_a_killed_run_of_the_example_target_goes_on_and_holds_its_greedy_tokens(tmp_path: Path) -> None:
-    prompts = [{"turns": ["The with statement", "A tuple"]}, *({"prompt": f"A {word} is"} for word in ("set", "list"))]
+def test_the_example_target_s_greedy_tokens_are_written_also_with_a_drafter(tmp_path: Path) -> None:
+    prompts = [
+        {"turns": ["What does zip do?", "Show it."]},
+        {"prompt": "What is a set?"},
+        {"prompt": "word " * 200},
+        {"prompt": ""},
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     output = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "vllm_redrafter.cli.main", "distill", "--target", str(TARGET), "--raw"]
-    command += ["--prompts", str(tmp_path / "p.jsonl"), "--output", str(output)]
-    command += ["--max-tokens", "400", "--batch-size", "1"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while first.poll() is None and not (output.exists() and output.stat().st_size):
-        time.sleep(0.005)
-    first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=60)
-    assert first.returncode == 130, errors
-    kept = rows_of(output)
-    assert 1 <= len({row["index"] for row in kept}) < len(prompts)
+    command = [sys.executable, "-m", "vllm_redrafter.cli.main", "distill", "--target", str(TARGET)]
+    command += ["--drafter", str(DRAFTER), "--prompts", str(tmp_path / "p.jsonl"), "--output", str(output)]
+    command += ["--max-tokens", "48", "--max-model-len", "256"]
 
-    # a drafter changes nothing
-    resumed = [*command, "--resume", "--drafter", str(DRAFTER)]
-    second = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    assert second.returncode == 0, second.stderr
-    rows = rows_of(output)
-    summary = json.loads(second.stdout.splitlines()[-1])
-    assert rows[: len(kept)] == kept
-    assert sorted({row["index"] for row in rows}) == [0, 1, 2]
-    assert (summary["num_records"], summary["num_failed"]) == (len(rows), 0)
+    assert result.returncode == 0, result.stderr
+    rows, failed = rows_of(output), rows_of(tmp_path / "out.failed.jsonl")
+    summary = json.loads(result.stdout)
+    assert sorted({row["index"] for row in rows}) == [0, 1]
+    assert {row["index"]: row["reason"].partition(" may have ")[2] for row in failed}[2] == "256: shorten it"
+    assert (summary["num_records"], summary["num_failed"]) == (len(rows), 2)
     model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     for row in rows:
         token_ids = torch.tensor(row["token_ids"])
