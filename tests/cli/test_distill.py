@@ -243,7 +243,7 @@ def test_the_example_target_s_greedy_tokens_are_written_also_with_a_drafter(tmp_
     prompts = [
         {"turns": ["What does zip do?", "Show it."]},
         {"prompt": "What is a set?"},
-        {"prompt": "word " * 200},
+        {"prompt": "word " * 400},
         {"prompt": ""},
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
