@@ -1,7 +1,8 @@
 """Stands in for `vllm_redrafter.cli.engine_child`: the same protocol, without vLLM.
 
 `fake.json` in the target's directory says what it does. The answer to a prompt are the words of the prompt, repeated
-until there are `max_tokens`, each a token; with a drafter a step emits two of them.
+until there are `max_tokens`, each a token; with a drafter a step emits two of them. Of a prompt of tokens the words
+are their numbers.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ def main() -> None:
 def answer_to(
     prompt: dict[str, Any], sampling: dict[str, Any], spec: dict[str, Any], behaviour: dict[str, Any], words: list[str]
 ) -> dict[str, Any]:
-    text = prompt["text"] if "text" in prompt else " / ".join(message["content"] for message in prompt["messages"])
+    if "token_ids" in prompt:
+        text = " ".join(map(str, prompt["token_ids"]))
+    else:
+        text = prompt["text"] if "text" in prompt else " / ".join(message["content"] for message in prompt["messages"])
     if len(text.split()) > behaviour.get("max_words", 1000):
         return {"text": "", "token_ids": [], "num_steps": 0, "seconds": 0.0, "error": "too long"}
+    if "echoes" in behaviour:
+        text = str(prompt[behaviour["echoes"]])
     said = (text.split() * sampling["max_tokens"])[: sampling["max_tokens"]]
     if sampling["temperature"] == behaviour.get("differs_at_temperature"):
         said[behaviour["differs_at"]] = "WRONG"
@@ -68,7 +74,7 @@ def answer_to(
             words.append(word)
     answer = {
         "text": " ".join(said),
-        "token_ids": [words.index(word) for word in said],
+        "token_ids": [int(word) if "token_ids" in prompt else words.index(word) for word in said],
         "num_steps": (len(said) - 1) // (2 if spec["speculative_config"] else 1),
         "seconds": 0.25,
     }

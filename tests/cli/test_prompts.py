@@ -41,14 +41,17 @@ def test_jsonl_takes_prompt_text_instruction_question_and_bare_strings(tmp_path:
     assert [item.turns for item in read_conversations(path)] == [("a",), ("b",), ("c",), ("d\n\ne",), ("f",), ("g",)]
 
 
-def test_mt_bench_keeps_both_turns_and_share_gpt_what_the_human_says(tmp_path: Path) -> None:
+def test_mt_bench_keeps_both_turns_and_conversations_what_the_human_says(tmp_path: Path) -> None:
     mt_bench = write(tmp_path, "q.jsonl", json.dumps({"question_id": 81, "turns": ["first", "second"]}))
     messages = [("system", "s"), ("human", "h1"), ("gpt", "g1"), ("user", "h2")]
     conversation = {"id": "x", "conversations": [{"from": who, "value": text} for who, text in messages]}
     share_gpt = write(tmp_path, "s.json", json.dumps([conversation], indent=1))
+    openai = [{"role": "developer", "content": "s"}, *({"role": who, "content": text} for who, text in messages)]
+    openai_messages = write(tmp_path, "o.jsonl", json.dumps({"messages": openai}))
 
     assert read_conversations(mt_bench) == [Conversation(("first", "second"))]
-    assert read_conversations(share_gpt) == [Conversation(("h1", "h2"))]
+    assert read_conversations(share_gpt) == [Conversation(("h1", "h2"), "s")]
+    assert read_conversations(openai_messages) == [Conversation(("h1", "h2"), "s")]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +63,8 @@ def test_mt_bench_keeps_both_turns_and_share_gpt_what_the_human_says(tmp_path: P
         ("p.json", '{"prompt": "a"}', "holds no list: name it .jsonl"),
         ("p.json", "[]", "empty list"),
         ("p.jsonl", "17", "line 1: int, but each entry"),
-        ("p.jsonl", '{"prompt": "a"}\n{"messages": []}', r"line 2: no prompt among the keys \['messages'\]"),
+        ("p.jsonl", '{"prompt": "a"}\n{"replies": []}', r"line 2: no prompt among the keys \['replies'\]"),
+        ("p.jsonl", '{"messages": []}', "line 1, messages: no text of a user"),
         ("p.jsonl", '{"prompt": 3}', "line 1, prompt: no text of a user"),
         ("p.jsonl", '{"turns": []}', "line 1, turns: no text of a user"),
         ("p.json", '[{"conversations": [{"from": "gpt", "value": "x"}]}]', "entry 1, conversations: no text of a user"),

@@ -84,11 +84,18 @@ def test_a_user_who_writes_the_assistant_s_tag_is_not_marked(legacy: bool) -> No
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
 @pytest.mark.parametrize(
+    "closing", ["{{- eos_token -}}{%- endgeneration -%}", "{%- endgeneration -%}{{- eos_token -}}"]
+)
+@pytest.mark.parametrize(
     "answer", ["plain", "  indented\n\n    more  ", "ends in an emoji \N{GRINNING FACE}", "\N{GRINNING FACE}", " "]
 )
-def test_white_space_and_characters_of_many_tokens_are_marked_whole(answer: str, trim_offsets: bool) -> None:
+def test_white_space_and_characters_of_many_tokens_are_marked_whole(
+    answer: str, closing: str, trim_offsets: bool
+) -> None:
     tokenizer = character_tokenizer(trim_offsets=trim_offsets)
-    template = VICUNA_TEMPLATE.replace("' ' + message['content']", "message['content']")
+    template = VICUNA_TEMPLATE.replace(
+        "' ' + message['content'] + eos_token -}}{%- endgeneration -%}", "message['content'] -}}" + closing
+    )
     messages = [
         {"role": "user", "content": "x\N{GRINNING FACE}"},
         {"role": "assistant", "content": answer},
@@ -114,7 +121,10 @@ def test_the_token_that_closes_an_answer_is_marked_where_the_template_leaves_it_
 
 def test_what_follows_an_answer_without_a_closing_token_is_not_marked() -> None:
     tokenizer = character_tokenizer()
-    opened = VICUNA_TEMPLATE.replace(" + eos_token", "")
+    # the beginning of a text ends none
+    opened = VICUNA_TEMPLATE.replace(" + eos_token", "").replace(
+        "endgeneration -%}", "endgeneration -%}{{- bos_token -}}"
+    )
     doubled = VICUNA_TEMPLATE.replace("{%- endgeneration -%}", "{%- endgeneration -%}{{- eos_token -}}")
 
     open_runs = marked_runs(tokenizer, ChatEncoder(tokenizer, opened).encode(TWO_TURNS))

@@ -47,6 +47,8 @@ class EngineSpec:
     """Most requests that run at once."""
     enable_chunked_prefill: bool = True
     """False where seeds are used: vLLM's CPU runner dies of a seeded request whose prompt comes in chunks."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; the target's own limit by default."""
 
 
 class Engine:

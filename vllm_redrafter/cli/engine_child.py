@@ -108,6 +108,8 @@ class Server:
         return None
 
     def _encode(self, prompt: dict[str, Any]) -> list[int]:
+        if "token_ids" in prompt:
+            return list(prompt["token_ids"])
         messages = prompt.get("messages")
         if messages is None:
             return list(self._tokenizer.encode(prompt["text"]))

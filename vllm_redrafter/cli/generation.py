@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 
 class Prompt(NamedTuple):
-    """Something to answer: either a text to continue or a conversation that ends with the user's words."""
+    """Something to answer: a text to continue, a conversation that ends with the user's words, or the tokens of one."""
 
     text: str | None = None
     messages: tuple[dict[str, str], ...] = ()
+    token_ids: tuple[int, ...] = ()
     seed: int | None = None
 
     def as_dict(self) -> dict[str, Any]:

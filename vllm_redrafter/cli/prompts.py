@@ -16,27 +16,37 @@ class Conversation(NamedTuple):
     """What a user says, turn by turn; each turn is said after the answer to the one before."""
 
     turns: tuple[str, ...]
+    system: str = ""
+    """What the file says to the model before the first turn."""
 
 
 def read_conversations(path: Path) -> list[Conversation]:
     """Return the conversations of a file, in its order.
 
+    Raises:
+        CommandError: the file is missing, empty or malformed; the line or the entry is named.
+    """
+    return [parse_conversation(entry, where) for entry, where in read_entries(path)]
+
+
+def read_entries(path: Path) -> list[tuple[Any, str]]:
+    """Return what a file holds, in its order, and where each entry stands.
+
     `.json` holds a list and `.jsonl` an object per line; anything else is plain text, one prompt per line.
 
     Raises:
-        CommandError: the file is missing, empty or malformed; the line or the entry is named.
+        CommandError: the file is missing or empty, or a line is no JSON.
     """
     text = _read(path)
     if not text.strip():
         raise CommandError(f"{path} is empty: put one prompt on each line")
     suffix = path.suffix.lower()
     if suffix == ".json":
-        entries = enumerate(_parse_list(text, path), 1)
-        return [_parse_entry(entry, f"{path}, entry {number}") for number, entry in entries]
+        return [(entry, f"{path}, entry {number}") for number, entry in enumerate(_parse_list(text, path), 1)]
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if suffix == ".jsonl":
-        return [_parse_entry(_parse_json(line, path, number), f"{path}, line {number}") for number, line in lines]
-    return [Conversation((line,)) for _, line in lines]
+        return [(_parse_json(line, path, number), f"{path}, line {number}") for number, line in lines]
+    return [(line, f"{path}, line {number}") for number, line in lines]
 
 
 def _read(path: Path) -> str:
@@ -67,28 +77,39 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise CommandError(f"{path}, line {line}: no JSON ({error.msg}, column {error.colno}): mend it") from None
 
 
-def _parse_entry(entry: Any, where: str) -> Conversation:
+def parse_conversation(entry: Any, where: str) -> Conversation:
+    """Return the conversation of an entry.
+
+    Raises:
+        CommandError: nobody says anything in it; the message begins with `where`.
+    """
     if isinstance(entry, str):
-        return Conversation((entry,))
+        return _checked([entry], where)
     if not isinstance(entry, dict):
         raise CommandError(f"{where}: {type(entry).__name__}, but each entry must be an object or a string")
     if "turns" in entry:
         return _checked(entry["turns"], f"{where}, turns")
     if "conversations" in entry:
-        return _checked(_human_turns(entry["conversations"], where), f"{where}, conversations")
+        return _parse_messages(entry, "conversations", "from", "value", where)
+    if "messages" in entry:
+        return _parse_messages(entry, "messages", "role", "content", where)
     for key in _PROMPT_KEYS:
         if key in entry:
             # Alpaca's files keep what an instruction is about beside it
             parts = [entry[key], entry["input"]] if key == "instruction" and entry.get("input") else [entry[key]]
             return Conversation(("\n\n".join(_checked(parts, f"{where}, {key}").turns),))
-    known = ", ".join((*_PROMPT_KEYS, "turns", "conversations"))
+    known = ", ".join((*_PROMPT_KEYS, "turns", "conversations", "messages"))
     raise CommandError(f"{where}: no prompt among the keys {sorted(entry)}: one of {known} must be there")
 
 
-def _human_turns(messages: Any, where: str) -> list[Any]:
+def _parse_messages(entry: dict[str, Any], key: str, speaker: str, said: str, where: str) -> Conversation:
+    messages = entry[key]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise CommandError(f"{where}: conversations must be a list of objects with from and value")
-    return [message.get("value") for message in messages if message.get("from") in _HUMAN]
+        raise CommandError(f"{where}: {key} must be a list of objects with {speaker} and {said}")
+    turns = [message.get(said) for message in messages if message.get(speaker) in _HUMAN]
+    system = [message.get(said) for message in messages if message.get(speaker) == "system"]
+    checked = _checked(turns, f"{where}, {key}")
+    return checked._replace(system="\n\n".join(text for text in system if isinstance(text, str)))
 
 
 def _checked(turns: Any, where: str) -> Conversation:

@@ -54,6 +54,8 @@ class ChatEncoder:
         if not _GENERATION.search(self._template):
             raise ValueError(f"the chat template does not mark what the assistant says: {_REMEDY}")
         self._tokenizer = tokenizer
+        # its annotations promise a string, but it returns texts and spans
+        self._render: Any = render_jinja_template
         added: dict[int, Any] = tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special}
         # a token that begins a text closes none, unless it does both
@@ -66,7 +68,7 @@ class ChatEncoder:
             UnusableRecord: the template refuses the conversation or marks nothing in it.
         """
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = self._render(
                 conversations=[messages],
                 chat_template=self._template,
                 return_assistant_tokens_mask=True,

@@ -62,8 +62,10 @@ def _read_turn(turn: Any) -> Message:
 
 
 def _read_content(content: Any) -> str:
+    if content is None:
+        return ""
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if any(text is not None and not isinstance(text, str) for text in texts):
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
         raise UnusableRecord("a turn holds something other than text")
-    return "".join(text for text in texts if text is not None)
+    return "".join(texts)

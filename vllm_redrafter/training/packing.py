@@ -45,8 +45,7 @@ def pack(documents: Sequence[Document], max_length: int) -> list[PackedSequence]
         else:
             room, number = rooms.pop(place)
         bins[number].append(index)
-        if room > length:
-            insort(rooms, (room - length, number))
+        insort(rooms, (room - length, number))
     return [_join([documents[index] for index in sorted(members)]) for members in bins]
 
 
