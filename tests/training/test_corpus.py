@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tests.training.tokenizers import VICUNA_TEMPLATE, character_tokenizer
-from vllm_redrafter.training.corpus import Corpus, check_fits, describe, load_corpus
+from vllm_redrafter.training.corpus import Corpus, describe, load_corpus
 from vllm_redrafter.training.documents import Document
 
 TOKENIZER = character_tokenizer()
@@ -203,13 +203,3 @@ def test_data_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_a_length_that_holds_no_two_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="max_length is 1, but a document needs at least 2 tokens"):
         load(max_length=1)
-
-
-def test_a_tokenizer_or_a_length_that_the_target_does_not_have_is_refused() -> None:
-    check_fits(TOKENIZER, max_length=64, vocab_size=259, max_positions=64)
-    check_fits(TOKENIZER, max_length=64, vocab_size=300, max_positions=None)
-
-    with pytest.raises(ValueError, match="the tokenizer has 259 tokens, but the target 258: use the target's own"):
-        check_fits(TOKENIZER, max_length=64, vocab_size=258, max_positions=64)
-    with pytest.raises(ValueError, match="max_length is 65, but the target has 64 positions: pass at most as many"):
-        check_fits(TOKENIZER, max_length=65, vocab_size=259, max_positions=64)

@@ -59,29 +59,6 @@ def load_corpus(
     return corpus
 
 
-def check_fits(
-    tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int, max_positions: int | None
-) -> None:
-    """Refuse a tokenizer or a length that a target does not have, before anything is read.
-
-    Args:
-        vocab_size: rows of the target's output embedding; it may have more than the tokenizer has tokens.
-        max_positions: of the target, None where it has no limit.
-
-    Raises:
-        ValueError: naming both sizes.
-    """
-    num_tokens = 1 + max(tokenizer.get_vocab().values())
-    if num_tokens > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {num_tokens} tokens, but the target {vocab_size}: use the target's own tokenizer"
-        )
-    if max_positions is not None and max_length > max_positions:
-        raise ValueError(
-            f"max_length is {max_length}, but the target has {max_positions} positions: pass at most as many"
-        )
-
-
 def describe(dropped: Counter[str]) -> str:
     """Return the numbers with their reasons as one line, the largest first."""
     return ", ".join(f"{number} × {reason}" for reason, number in dropped.most_common()) or "no record"

@@ -70,9 +70,11 @@ def load_target(name: str, revision: str | None = None, dtype: str = "auto") -> 
     model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     target = FrozenTarget(model)
-    if len(tokenizer) > target.vocab_size:
+    # ids may have gaps; a model may have more rows than there are ids
+    num_tokens = 1 + max(tokenizer.get_vocab().values())
+    if num_tokens > target.vocab_size:
         raise ValueError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens, but the model's vocabulary {target.vocab_size}: "
+            f"the tokenizer of {name!r} has {num_tokens} tokens, but the model's vocabulary {target.vocab_size}: "
             "use the tokenizer that belongs to the model"
         )
     return target, tokenizer
