@@ -14,7 +14,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DRAFTER = EXAMPLES / "models" / "drafter"
-PROGRAMS = ("offline", "serve_and_client", "load_from_hub", "verify_your_pair")
+PROGRAMS = ("offline", "serve_and_client", "load_from_hub", "verify_your_pair", "train_a_drafter")
 
 on_an_engine = [
     pytest.mark.engine,
@@ -39,6 +39,16 @@ def run(name: str, *arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_example_fits_on_a_page(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
+
+
+@pytest.mark.slow
+def test_a_drafter_is_trained_in_a_few_lines(tmp_path: Path) -> None:
+    out = run("train_a_drafter", str(EXAMPLES / "models" / "target"), "", str(tmp_path / "drafter"))
+
+    found = re.search(r": 20 steps, (\d\.\d\d) tokens per verification", out)
+    assert found
+    assert float(found[1]) >= 1
+    assert (tmp_path / "drafter" / "model.safetensors").is_file()
 
 
 class TestOnAnEngine:
