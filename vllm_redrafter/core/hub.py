@@ -19,6 +19,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 _FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 _ACCESS_DENIED = (401, 403)
@@ -68,6 +69,15 @@ def resolve(model: str, revision: str | None = None) -> Path:
         _check_digests(model, directory)
         return directory
     raise ValueError(reason)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether the Hub could have a repository of this name; nobody is asked."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()
 
 
 def _check_digests(model: str, directory: Path) -> None:
