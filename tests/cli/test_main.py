@@ -14,7 +14,7 @@ from vllm_redrafter import __version__
 from vllm_redrafter.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "verify", "doctor", "generate", "bench")
+COMMANDS = ("demo", "verify", "doctor", "generate", "bench", "convert", "push")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])

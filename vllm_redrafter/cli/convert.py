@@ -40,10 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     source_format = arguments.source_format or "redrafter"
     target_format = arguments.target_format or "redrafter"
-    if source_format == target_format:
+    # with another target recorded the same format is another checkpoint
+    if source_format == target_format and arguments.target is None:
         raise CommandError(
             f"from {source_format} to {target_format} there is nothing to convert: "
-            "pass --from with the format of SRC, or --to apple",
+            "pass --from with the format of SRC, --to apple, or --target",
             USAGE,
         )
     from vllm_redrafter.core.conversion import convert

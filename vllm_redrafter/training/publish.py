@@ -34,8 +34,8 @@ def card(directory: str | Path, repository: str) -> str:
     dialect = formats.dialect_of(checkpoint.load_fields(directory))
     if dialect not in ("redrafter", None):
         raise ValueError(
-            f"{str(directory)!r} is in {formats.DIALECTS[dialect]} format: run `vllm-redrafter convert --from {dialect} "
-            f"{directory} D` first, and push D"
+            f"{str(directory)!r} is in {formats.DIALECTS[dialect]} format: make it ours first, with "
+            f"`vllm-redrafter convert --from {dialect} {directory} D`, and push D"
         )
     # what could not be loaded is not uploaded
     drafter = checkpoint.load_drafter(directory, dtype=None)
@@ -107,7 +107,8 @@ def _check_repository(repository: str) -> None:
         valid = False
     if not valid:
         raise ValueError(
-            f"{repository!r} is no name of a repository on the Hub: write USER/NAME, of letters, digits, '-', '_' and '.'"
+            f"{repository!r} is no name of a repository on the Hub: "
+            "write USER/NAME, of letters, digits and single '-', '_' or '.'"
         )
 
 
