@@ -57,7 +57,9 @@ def test_type_checkers_see_the_annotations_of(package: str) -> None:
     assert Path(spec.origin).with_name("py.typed").is_file()
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["verify"], ["doctor"], ["generate"], ["convert"], ["push"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["verify"], ["doctor"], ["generate"], ["convert"], ["push"]], ids=" ".join
+)
 def test_help_imports_the_standard_library_only(command: list[str]) -> None:
     result = subprocess.run(
         [sys.executable, "-c", IMPORTS_OF_HELP, *command, "--help"], capture_output=True, text=True, cwd=ROOT
