@@ -7,13 +7,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
 
-from vllm_redrafter.core import checkpoint, formats
+from vllm_redrafter.core import checkpoint, formats, hub
 from vllm_redrafter.core.conversion import COMPANIONS
 from vllm_redrafter.training import model_card
 
@@ -100,12 +98,7 @@ def push(
 
 
 def _check_repository(repository: str) -> None:
-    try:
-        validate_repo_id(repository)
-        valid = repository.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
+    if not hub.is_hub_id(repository) or "/" not in repository:
         raise ValueError(
             f"{repository!r} is no name of a repository on the Hub: "
             "write USER/NAME, of letters, digits and single '-', '_' or '.'"
