@@ -15,7 +15,8 @@ from vllm_redrafter.training import publish
 
 @pytest.fixture
 def drafter(tmp_path: Path) -> Path:
-    checkpoint.save_drafter(ReDrafter(ReDrafterConfig(hidden_size=4, vocab_size=12)), tmp_path)
+    config = ReDrafterConfig(hidden_size=4, vocab_size=12, verifier="org/target")
+    checkpoint.save_drafter(ReDrafter(config), tmp_path)
     return tmp_path
 
 
@@ -44,10 +45,26 @@ def test_the_options_reach_the_upload_and_the_commit_is_the_last_line(
 
     assert status == 0
     assert calls == [((drafter, "user/drafter"), {"private": True, "revision": "v2", "message": "Better"})]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
-        "repository": "user/drafter",
-        "commit": "https://hub/user/drafter/commit/1",
-    }
+    [line] = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"repository": "user/drafter", "commit": "https://hub/user/drafter/commit/1"}
+
+
+@pytest.mark.parametrize(("target", "named"), [(None, "no target"), ("/models/target", "the target '/models/target'")])
+def test_a_target_that_the_hubs_readers_do_not_have_is_noted(
+    target: str | None,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint.save_drafter(ReDrafter(ReDrafterConfig(hidden_size=4, vocab_size=12, verifier=target)), tmp_path)
+    monkeypatch.setattr(publish, "push", lambda *arguments, **options: "https://hub/user/drafter/commit/1")
+
+    assert main(["push", str(tmp_path), "user/drafter"]) == 0
+
+    assert capsys.readouterr().out.startswith(
+        f"note: the config names {named}, so that the drafter cannot be served by"
+    )
 
 
 def test_what_goes_wrong_is_one_sentence_and_status_1(drafter: Path, capsys: pytest.CaptureFixture[str]) -> None:

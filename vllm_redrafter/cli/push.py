@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from vllm_redrafter.core import checkpoint, hub
     from vllm_redrafter.training import publish
 
     try:
@@ -45,7 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             message=arguments.message,
         )
+        target = checkpoint.load_config(arguments.directory).verifier
     except ValueError as error:
         raise CommandError(str(error)) from None
+    if target is None or not hub.is_hub_id(target):
+        named = "no target" if target is None else f"the target {target!r}"
+        print(
+            f"note: the config names {named}, so that the drafter cannot be served by its name alone: "
+            "record the target's Hub id with `vllm-redrafter convert --target`, and push again"
+        )
     print(json.dumps({"repository": arguments.repository, "commit": url}))
     return 0
