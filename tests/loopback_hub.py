@@ -124,6 +124,8 @@ class Hub(BaseHTTPRequestHandler):
         if match["call"] == "branch":
             self.branches[match["repository"]].setdefault(match["revision"], MAIN)
             return self.answer({})
+        if match["revision"] not in self.branches[match["repository"]]:
+            return self.refuse(404, "RevisionNotFound")
         if match["call"] == "preupload":
             return self.answer(
                 {
