@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from vllm_redrafter import __version__
-from vllm_redrafter.cli import bench, convert, demo, doctor, generate, push, verify
+from vllm_redrafter.cli import bench, convert, demo, doctor, evaluate, generate, push, train, verify
 from vllm_redrafter.cli.errors import INTERRUPTED, CommandError
 
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, verify, doctor, generate, bench, convert, push):
+    for command in (demo, verify, doctor, generate, train, evaluate, bench, convert, push):
         command.add_parser(commands)
     return parser
 

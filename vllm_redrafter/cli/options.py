@@ -21,6 +21,21 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Parse an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Parse a number above 0."""
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
 def node_budget(text: str) -> int:
     """Parse a number of tree nodes, 1..63."""
     if not text.isdecimal() or not 1 <= int(text) <= MAX_NODES:
@@ -77,6 +92,18 @@ def check_model(option: str, model: str) -> None:
         raise CommandError(f"{option}: {model!r} is a file: pass the directory of a model")
     elif model.startswith(".") or not _HUB_ID.fullmatch(model):
         raise CommandError(f"{option}: no directory {model!r}: pass a model's directory or a Hub id")
+
+
+def read_text(option: str, path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{option}: cannot read {str(path)!r} ({error}): pass a text file") from None
 
 
 def speculative_config(drafter: str, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""From documents to a directory that serves, with a record of how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from tests.engine.tiny_models import make_llama, save_target
+from tests.training.small import HIDDEN, VOCAB, make_documents, make_drafter, make_target
+from vllm_redrafter.core import checkpoint
+from vllm_redrafter.training import run
+from vllm_redrafter.training.documents import Document
+from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
+from vllm_redrafter.training.recipe import Recipe, build_drafter, choose
+from vllm_redrafter.training.rollout import Objective
+
+FAST: dict[str, Any] = {"max_length": 32, "max_steps": 4, "batch_size": 2, "num_evaluations": 2, "bf16": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    target = save_target(make_llama(), tmp_path_factory.mktemp("target"))
+    return PreTrainedTokenizerFast.from_pretrained(target)
+
+
+def train(documents: list[Document], output: Path, tokenizer: Any, recipe: Recipe, **options: Any) -> run.Trained:
+    return run.train(make_target(), tokenizer, documents, output, recipe, verifier="someone/target", **options)
+
+
+def test_what_is_left_serves_and_says_how_it_was_made(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = make_documents(*[20, 14, 30, 9] * 6)
+    recipe = Recipe(**FAST, exit_dim=24, draft_vocab_size=30, num_speculative_tokens=6)
+
+    trained = train(documents, tmp_path, tokenizer, recipe, record={"data": [{"name": "d.jsonl", "sha256": "0"}]})
+
+    drafter = checkpoint.load_drafter(tmp_path)
+    config = drafter.config
+    assert (config.exit_dim, config.draft_vocab_size, config.num_speculative_tokens) == (24, 30, 6)
+    assert (config.verifier, config.verifier_architectures) == ("someone/target", ["LlamaForCausalLM"])
+    assert config.draft_length == config.trained_draft_length == 5
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]["<s>"] == 1
+    told = json.loads((tmp_path / "provenance.json").read_text())
+    assert told["target"] == "someone/target"
+    assert told["data"] == [{"name": "d.jsonl", "sha256": "0"}]
+    assert told["recipe"]["objective"]["loss"] == "kl"
+    assert 0.5 < told["coverage"] < 1
+    assert {"torch", "transformers"} <= told["versions"].keys()
+    assert (trained.num_steps, trained.stopped_early) == (4, False)
+    assert trained.acceptance_length is not None
+    assert trained.acceptance_length >= 1
+
+
+def test_a_training_that_ended_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    documents = make_documents(*[20, 14, 30, 9] * 6)
+    train(documents, tmp_path / "straight", tokenizer, Recipe(**FAST))
+    # as if it had been killed after its first checkpoint
+    train(documents, tmp_path / "stopped", tokenizer, Recipe(**FAST))
+    for path in ("config.json", "model.safetensors", "checkpoints/checkpoint-4/trainer_state.json"):
+        (tmp_path / "stopped" / path).unlink()
+
+    train(documents, tmp_path / "stopped", tokenizer, Recipe(**FAST), resume=True)
+
+    straight = checkpoint.load_drafter(tmp_path / "straight")
+    resumed = checkpoint.load_drafter(tmp_path / "stopped")
+    for found, expected in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_there_must_be_something_to_resume(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to resume from: train without --resume"):
+        train(make_documents(20), tmp_path, tokenizer, Recipe(**FAST), resume=True)
+
+
+def test_too_few_documents_are_all_trained_on(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trained = train(make_documents(20, 14, 9), tmp_path, tokenizer, Recipe(**FAST))
+
+    assert trained.acceptance_length is None
+    assert checkpoint.load_drafter(tmp_path).config.hidden_size == HIDDEN
+
+
+def test_the_last_tenth_is_held_out() -> None:
+    documents = make_documents(*range(5, 45))
+
+    kept, held_out = run.split(documents)
+
+    assert [len(document.token_ids) for document in held_out] == [41, 42, 43, 44]
+    assert len(kept) == 36
+
+
+def test_the_target_is_given_the_prompt_or_the_beginning_of_a_text() -> None:
+    answer, text, long = make_documents(40, num_prompt_tokens=12) + make_documents(90, 50, num_prompt_tokens=0)
+
+    prompts = run.openings([answer, text, long, *make_documents(40, num_prompt_tokens=31)], 31)
+
+    assert [prompt.num_prompt_tokens for prompt in prompts] == [12, 25]
+
+
+def test_a_directory_with_something_in_it_is_not_written_to(tmp_path: Path) -> None:
+    output = tmp_path / "drafter"
+    run.prepare_output(output, overwrite=False, resume=False)
+    output.mkdir()
+    run.prepare_output(output, overwrite=False, resume=False)
+    (output / "config.json").write_text("{}")
+    (output / "notes.txt").write_text("mine")
+
+    with pytest.raises(
+        ValueError, match=r"is not empty: pass --resume to go on, --overwrite to start anew, or another"
+    ):
+        run.prepare_output(output, overwrite=False, resume=False)
+    run.prepare_output(output, overwrite=True, resume=False)
+
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match="is a file: pass a directory"):
+        run.prepare_output(output / "notes.txt", overwrite=True, resume=False)
+
+
+def test_a_head_begins_as_the_targets_rows_of_the_draft_vocabulary() -> None:
+    target, ids = make_target(), torch.arange(1, VOCAB, 3)
+
+    drafter = build_drafter(target, Recipe(exit_dim=24), DraftVocabulary(ids, 0.9), "t")
+
+    head: Any = drafter.lm_head[-1]
+    assert torch.equal(head.weight[:, :HIDDEN], target.head_weight[ids])
+    assert head.weight[:, HIDDEN:].count_nonzero() == 0
+    assert drafter.target_ids() is not None
+    assert torch.equal(drafter.target_ids(), ids)
+
+
+def test_a_tied_drafter_has_no_head_of_its_own() -> None:
+    drafter = build_drafter(make_target(), Recipe(tie_lm_head=True), None, "t")
+
+    assert drafter.config.exit_dim == HIDDEN
+    assert all(parameter.shape != (VOCAB, HIDDEN) for parameter in drafter.parameters())
+
+
+def test_what_a_user_gives_replaces_the_defaults_and_fits_the_target() -> None:
+    target = make_target()
+
+    recipe = choose(Recipe(), {"loss": "lk", "num_offsets": 3, "exit_dim": 8}, target)
+
+    assert recipe.objective == Objective(loss="lk", num_offsets=3)
+    assert (recipe.exit_dim, recipe.max_length) == (8, 64)
+    with pytest.raises(ValueError, match="max_length is 65, but the target has 64 positions: ask for 64 at most"):
+        choose(Recipe(), {"max_length": 65}, target)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    save_target(make_llama(vocab_size=40), tmp_path)
+
+    with pytest.raises(
+        ValueError, match="has 64 tokens, but the model's vocabulary 40: use the tokenizer that belongs"
+    ):
+        run.load_target(str(tmp_path))
+
+
+def test_a_drafter_is_not_lost_to_a_seed_elsewhere() -> None:
+    torch.manual_seed(1)
+    first = build_drafter(make_target(), Recipe(seed=3), None, "t")
+    torch.manual_seed(2)
+    second = build_drafter(make_target(), Recipe(seed=3), None, "t")
+
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.rnn_u.weight, make_drafter().rnn_u.weight)

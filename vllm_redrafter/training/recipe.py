@@ -1,0 +1,161 @@
+"""The numbers that a training may be given, and what is made of them: a drafter, and the arguments of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
+from vllm_redrafter.training.rollout import Objective
+from vllm_redrafter.training.target import FrozenTarget
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a drafter is built and trained; the defaults suit a target of any size."""
+
+    objective: Objective = field(default_factory=Objective)
+    exit_dim: int | None = None
+    """Width of blocks and head; None for twice the hidden size, as Apple's drafters have it."""
+    num_draft_layers: int = 2
+    rnn: bool = True
+    draft_vocab_size: int | None = None
+    """Tokens that the head knows, the most frequent ones of the data; None for the target's whole vocabulary."""
+    tie_lm_head: bool = False
+    beam_width: int = 4
+    num_speculative_tokens: int = 8
+    max_length: int = 2048
+    """Tokens of a packed sequence, and the most of a document."""
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    """Packed sequences per process and pass."""
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-3
+    warmup: float = 0.05
+    """Share of the steps during which the learning rate rises."""
+    num_evaluations: int = 10
+    patience: int | None = None
+    """Evaluations without a longer acceptance before the training ends early; None never ends it."""
+    bf16: bool | None = None
+    """Whether products are computed in bf16; None for where that is native."""
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+    """`tensorboard`, `wandb`: where figures go besides the terminal."""
+
+
+QUICK = Recipe(
+    exit_dim=256,
+    num_draft_layers=1,
+    draft_vocab_size=1536,
+    max_length=512,
+    max_steps=300,
+    batch_size=8,
+    num_evaluations=3,
+)
+"""For a target of a few million parameters, in minutes on two cores."""
+
+
+def choose(base: Recipe, given: Mapping[str, Any], target: FrozenTarget) -> Recipe:
+    """Return `base` with what a user gave, fields of the objective included, made to fit the target.
+
+    Raises:
+        ValueError: a sequence would be longer than the target's positions, or a field is out of range.
+    """
+    names = {name.name for name in fields(Objective)}
+    objective = replace(base.objective, **{name: value for name, value in given.items() if name in names})
+    recipe = replace(base, objective=objective, **{name: value for name, value in given.items() if name not in names})
+    longest = target.max_length
+    if longest is None or recipe.max_length <= longest:
+        return recipe
+    if "max_length" in given:
+        raise ValueError(
+            f"max_length is {recipe.max_length}, but the target has {longest} positions: ask for {longest} at most"
+        )
+    return replace(recipe, max_length=longest)
+
+
+def build_drafter(target: FrozenTarget, recipe: Recipe, vocabulary: DraftVocabulary | None, verifier: str) -> ReDrafter:
+    """Return an untrained drafter whose head starts as the target's, in as many columns as both have."""
+    hidden_size = target.head_weight.shape[1]
+    config = ReDrafterConfig(
+        hidden_size=hidden_size,
+        vocab_size=target.vocab_size,
+        exit_dim=hidden_size if recipe.tie_lm_head else recipe.exit_dim,
+        num_draft_layers=recipe.num_draft_layers,
+        rnn=recipe.rnn,
+        draft_vocab_size=None if vocabulary is None else len(vocabulary.target_ids),
+        tie_lm_head=recipe.tie_lm_head,
+        beam_width=recipe.beam_width,
+        draft_length=recipe.objective.num_offsets,
+        num_speculative_tokens=recipe.num_speculative_tokens,
+        trained_draft_length=recipe.objective.num_offsets,
+        verifier=verifier,
+        verifier_architectures=[type(target.model).__name__],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        drafter = ReDrafter(config)
+    rows = target.head_weight.float()
+    if vocabulary is not None:
+        drafter.set_draft_vocabulary(vocabulary.target_ids)
+        rows = rows[vocabulary.target_ids.to(rows.device)]
+    if recipe.tie_lm_head:
+        drafter.tie_head(target.head_weight)
+    else:
+        shared = min(hidden_size, config.exit_dim)
+        head: Any = drafter.lm_head[-1]
+        with torch.no_grad():
+            head.weight.zero_()
+            head.weight[:, :shared] = rows[:, :shared].cpu()
+    return drafter
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path, *, evaluates: bool) -> TrainingArguments:
+    """Return what `transformers.Trainer` takes; `evaluates` says whether there is something to evaluate on."""
+    interval = 1 / recipe.num_evaluations
+    strategy = "steps" if evaluates else "no"
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=0.01,
+        # the second moment follows a loss that falls fast at the beginning
+        adam_beta2=0.98,
+        bf16=_has_bf16() if recipe.bf16 is None else recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        eval_strategy=strategy,
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=2,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="acceptance_length" if evaluates else None,
+        greater_is_better=True if evaluates else None,
+        logging_steps=min(1.0, interval / 5),
+        report_to=list(recipe.report_to),
+        seed=recipe.seed,
+        # a batch is made of tensors that the rollout takes as they are
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        # every rank divides by the targets of all: nothing is left to average
+        average_tokens_across_devices=False,
+    )
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,84 @@
+"""Texts that the target writes by itself, within this process: what a drafter is measured on, and `train --quick`.
+
+`distill` has vLLM write them, which is how training text is made for a large target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from vllm_redrafter.training.target import FrozenTarget
+
+_PROMPTS_AT_ONCE = 64
+
+
+class Transcript(NamedTuple):
+    """A prompt and how the target went on."""
+
+    token_ids: torch.Tensor  # [length]: the token that ended the text, if one did, is the last
+    num_prompt_tokens: int
+    source: str
+
+
+def transcribe(
+    target: FrozenTarget,
+    prompts: Sequence[Transcript],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Transcript]:
+    """Return what the target makes of each prompt: greedily at temperature 0, else sampled from all tokens.
+
+    Args:
+        prompts: transcripts of which the first `num_prompt_tokens` tokens are taken, at least one.
+    """
+    # prompts of like length stand together: what pads the shorter ones is computed as well
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].num_prompt_tokens)
+    written: dict[int, Transcript] = {}
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for start in range(0, len(order), _PROMPTS_AT_ONCE):
+            indices = order[start : start + _PROMPTS_AT_ONCE]
+            texts = _continue(target, [prompts[i] for i in indices], max_new_tokens, temperature)
+            written.update(zip(indices, texts, strict=True))
+    return [written[i] for i in range(len(prompts))]
+
+
+def _continue(
+    target: FrozenTarget, prompts: Sequence[Transcript], max_new_tokens: int, temperature: float
+) -> list[Transcript]:
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    stops = target.stop_token_ids
+    # every field that a target's own generation config may set otherwise
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=0,
+        repetition_penalty=1.0,
+        **sampling,
+    )
+    longest = max(prompt.num_prompt_tokens for prompt in prompts)
+    token_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(token_ids)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, longest - prompt.num_prompt_tokens :] = prompt.token_ids[: prompt.num_prompt_tokens]
+        attention_mask[row, longest - prompt.num_prompt_tokens :] = 1
+    device = target.device
+    answers = target.model.generate(
+        input_ids=token_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+    )[:, longest:].cpu()
+    return [
+        prompt._replace(token_ids=torch.cat((prompt.token_ids[: prompt.num_prompt_tokens], _until_stop(answer, stops))))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _until_stop(answer: torch.Tensor, stop_token_ids: Sequence[int]) -> torch.Tensor:
+    """Return the tokens up to the first that ends the text, that one included."""
+    ends = torch.isin(answer, torch.tensor(stop_token_ids, dtype=answer.dtype)).nonzero()
+    return answer[: int(ends[0]) + 1] if len(ends) else answer
