@@ -15,7 +15,7 @@ from vllm_redrafter.training import model_card
 PROVENANCE = {
     "command": "vllm-redrafter train --target org/target --data chats.jsonl --output drafter",
     "versions": {"vllm-redrafter": "0.1.0", "torch": "2.13.0", "vllm": None},
-    "data": [{"name": "chats.jsonl", "sha256": "ab" * 32}],
+    "data": [{"name": "chats.jsonl", "sha256": "ab" * 32}, {"name": "written by the target", "sha256": None}],
     "target": "org/target",
     "target_revision": "c0ffee",
     "licence": "apache-2.0",
@@ -73,6 +73,7 @@ def test_everything_that_was_recorded_and_measured_is_on_the_card(tmp_path: Path
     assert "| all | 0 | 8 | 2.90 |" in lines
     assert r"| code\|chat | 1 | 16 | 1.90 |" in lines
     assert f"| `chats.jsonl` | `{'ab' * 32}` |" in lines
+    assert "| `written by the target` | – |" in lines
     assert PROVENANCE["command"] in lines
     assert "vllm-redrafter 0.1.0, torch 2.13.0." in lines
     assert lines[lines.index("## Licence") + 2] == "apache-2.0"

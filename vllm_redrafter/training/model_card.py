@@ -138,7 +138,11 @@ def _acceptance(rows: Sequence[Mapping[str, Any]]) -> str:
 def _data(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "Not recorded."
-    return _table(("name", "SHA-256"), [(f"`{row['name']}`", f"`{row['sha256']}`") for row in rows])
+    # what was written in the course of the training has no file, and so no digest
+    digests = [f"`{row['sha256']}`" if row["sha256"] else "–" for row in rows]
+    return _table(
+        ("name", "SHA-256"), [(f"`{row['name']}`", digest) for row, digest in zip(rows, digests, strict=True)]
+    )
 
 
 def _made_with(provenance: Mapping[str, Any]) -> str:
