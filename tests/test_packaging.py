@@ -15,6 +15,7 @@ from vllm_redrafter import bootstrap
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mlx_port", "vllm_redrafter")
+COMMANDS = ("demo", "verify", "doctor", "generate", "distill", "train", "evaluate", "convert", "push", "bench")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Prints what main() imported beyond the standard library and the package itself.
@@ -58,7 +59,9 @@ def test_type_checkers_see_the_annotations_of(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["verify"], ["doctor"], ["generate"], ["distill"], ["train"], ["evaluate"]], ids=" ".join
+    "command",
+    [[], *([name] for name in COMMANDS)],
+    ids=" ".join,
 )
 def test_help_imports_the_standard_library_only(command: list[str]) -> None:
     result = subprocess.run(
@@ -182,6 +185,27 @@ def test_without_a_cpu_build_vllm_is_installed_beside_pypis_torch(
     bootstrap.install_beside_pypis_torch(environment, ["engine>=9"], "9.8.7")
 
     assert installed == [["torch==9.8.7"], ["--no-deps", "engine>=9"], ["torch==9.8.7", "numpy>=2"]]
+
+
+@pytest.mark.parametrize("extras", [[], ["cpu", "speculators"]], ids=["tools alone", "with the project"])
+def test_what_wants_another_torchvision_comes_last_and_without_it(
+    extras: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed: list[list[str]] = []
+    python = tmp_path / "python"
+    monkeypatch.setattr(bootstrap, "create_environment", lambda path: python)
+    monkeypatch.setattr(bootstrap, "torch_cpu_index_is_reachable", lambda: False)
+    monkeypatch.setattr(bootstrap, "remove_broken_media_packages", lambda python: [])
+    monkeypatch.setattr(bootstrap, "name_vllm", lambda python: "")
+    monkeypatch.setattr(bootstrap, "describe_environment", lambda python: "")
+    monkeypatch.setattr(bootstrap, "pip_install", lambda python, arguments: installed.append(arguments))
+    monkeypatch.setattr(bootstrap, "install_without_torch", lambda python, names: installed.append(["alone", *names]))
+
+    bootstrap.set_up(tmp_path, extras, ["dev"])
+
+    assert installed[-1] == ["alone", "speculators==0.9.0", *(["speculators>=0.9.0,<0.10"] if extras else [])]
+    assert not any("speculators" in argument for arguments in installed[:-1] for argument in arguments)
+    assert any("pytest" in argument for argument in installed[0])
 
 
 def test_a_second_set_up_keeps_the_environment(environment: Path) -> None:

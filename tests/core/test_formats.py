@@ -61,6 +61,23 @@ def parse(fields: dict[str, Any]) -> ReDrafterConfig:
     return formats.parse_config(fields, "some/drafter")
 
 
+@pytest.mark.parametrize(
+    ("fields", "dialect"),
+    [
+        (ReDrafterConfig(hidden_size=8, vocab_size=32).to_dict(), "redrafter"),
+        (APPLE, "apple"),
+        (TENSORRT_LLM, "trtllm"),
+        (APPLE | {"redrafter_num_beams": 8}, "trtllm"),
+        (EPLATERO, "eplatero"),
+        ({"model_type": "llama"}, None),
+        ({}, None),
+    ],
+)
+def test_a_config_tells_its_dialect(fields: dict[str, Any], dialect: str | None) -> None:
+    assert formats.dialect_of(fields) == dialect
+    assert dialect is None or dialect in formats.DIALECTS
+
+
 def test_our_own_fields_come_back_as_they_were() -> None:
     config = ReDrafterConfig(
         hidden_size=8, vocab_size=32, exit_dim=9, beam_width=3, draft_length=5, verifier="org/target"

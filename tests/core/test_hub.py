@@ -2,107 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.loopback_hub import CLIENT_CHUNK_BYTES, OLDER, TOKEN, WEIGHTS, grown, running_hub
 from vllm_redrafter.core import hub
-
-MAIN, OLDER = "a" * 40, "b" * 40
-FILES = {
-    MAIN: {
-        "config.json": b'{"draft_length": 4}',
-        "model.safetensors": b"new weights",
-        "pytorch_model.bin": b"pickle",
-        "README.md": b"read me",
-        "run.py": b"print()",
-    },
-    OLDER: {"config.json": b'{"draft_length": 3}', "model.safetensors": b"old weights"},
-}
-REVISIONS = {"main": MAIN, "v1": OLDER, MAIN: MAIN, OLDER: OLDER}
-API = re.compile(r"/api/models/(?P<repository>org/\w+)/(?P<call>revision|tree)/(?P<revision>[^/]+)")
-FILE = re.compile(r"/(?P<repository>org/\w+)/resolve/(?P<revision>\w+)/(?P<name>.+)")
-TOKEN = "hf_good"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub that fetching a repository touches, with one repository for every way to fail."""
-
-    requests: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        url = unquote(urlsplit(self.path).path)
-        self.requests.append(f"{self.command} {url}")
-        match = API.fullmatch(url) or FILE.fullmatch(url)
-        if match is None:
-            return self.refuse(404, "RepoNotFound")
-        repository, authorized = match["repository"], self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if repository == "org/missing" or (repository == "org/private" and not authorized):
-            return self.refuse(401, "RepoNotFound")
-        if repository == "org/forbidden":
-            return self.refuse(403, None)
-        if repository == "org/expired":
-            return self.refuse(401, None, "Invalid credentials in Authorization header")
-        if repository == "org/broken":
-            return self.refuse(418, None)
-        if match["revision"] not in REVISIONS:
-            return self.refuse(404, "RevisionNotFound")
-        commit = REVISIONS[match["revision"]]
-        if match.re is FILE:
-            if repository == "org/cut" and self.command == "GET":
-                self.close_connection = True
-                return None
-            if repository == "org/gated" and not authorized:
-                return self.refuse(403, "GatedRepo")
-            return self.send_file(commit, match["name"])
-        if match["call"] == "revision":
-            siblings = [{"rfilename": name} for name in FILES[commit]]
-            return self.send(json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode())
-        tree = [
-            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for name, content in FILES[commit].items()
-        ]
-        return self.send(json.dumps(tree).encode())
-
-    def send_file(self, commit: str, name: str) -> None:
-        content = FILES[commit].get(name)
-        if content is None:
-            return self.refuse(404, "EntryNotFound")
-        return self.send(content, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
-
-    def send(self, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(HTTPStatus.OK)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def refuse(self, status: int, code: str | None, message: str | None = None) -> None:
-        self.send_response(status)
-        for name, value in (("X-Error-Code", code), ("X-Error-Message", message)):
-            if value:
-                self.send_header(name, value)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Keep the test's output clean."""
 
 
 class Client:
@@ -152,15 +62,8 @@ class Client:
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
     """A client with an empty cache, and its Hub."""
-    requests: list[str] = []
-    handler = type("RecordingHub", (Hub,), {"requests": requests})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield Client(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "home", requests)
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with running_hub() as (endpoint, state):
+        yield Client(endpoint, tmp_path / "home", state.requests)
 
 
 def test_a_directory_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +105,7 @@ def test_a_hub_id_is_fetched_once_and_without_its_pickles_and_programs(client: C
     path = client.path("org/drafter")
     assert {file.name: file.read_bytes() for file in path.iterdir()} == {
         "config.json": b'{"draft_length": 4}',
-        "model.safetensors": b"new weights",
+        "model.safetensors": WEIGHTS,
     }
     assert path.is_relative_to(client.home)
     client.requests.clear()
@@ -239,7 +142,7 @@ def test_a_gated_repository_says_how_to_get_in(client: Client, model: str) -> No
 
 @pytest.mark.parametrize("model", ["org/gated", "org/private"])
 def test_the_users_token_opens_what_it_may(client: Client, model: str) -> None:
-    assert (client.path(model, HF_TOKEN=TOKEN) / "model.safetensors").read_bytes() == b"new weights"
+    assert (client.path(model, HF_TOKEN=TOKEN) / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_a_hub_that_answers_with_an_error_is_named_with_its_status(client: Client) -> None:
@@ -279,3 +182,32 @@ def test_a_hub_that_refuses_connections_is_named(client: Client) -> None:
 def test_a_cached_copy_serves_while_the_hub_refuses_connections(client: Client) -> None:
     path = client.path("org/drafter")
     assert client.path("org/drafter", HF_ENDPOINT="http://127.0.0.1:9") == path
+
+
+def test_a_download_that_is_cut_in_the_middle_goes_on_where_it_stopped(client: Client) -> None:
+    content = (client.path("org/breaking") / "model.safetensors").read_bytes()
+
+    assert content == grown("model.safetensors", WEIGHTS)
+    assert f"model.safetensors from byte {CLIENT_CHUNK_BYTES}" in client.requests
+
+
+def test_a_file_that_is_not_what_its_digest_says_is_refused_also_from_the_cache(client: Client) -> None:
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        message = client.error("org/damaged", **environment)
+        assert message.startswith(
+            "config.json of 'org/damaged' is damaged: its digest is not the one that the Hub gave for it; delete "
+        )
+        assert message.endswith(" and fetch it again")
+
+
+def test_a_file_that_is_damaged_in_the_cache_is_fetched_again_once_it_is_deleted(client: Client) -> None:
+    weights = client.path("org/drafter") / "model.safetensors"
+    blob = weights.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+
+    message = client.error("org/drafter")
+    assert message.startswith("model.safetensors of 'org/drafter' is damaged")
+    assert str(blob) in message
+    blob.unlink()
+
+    assert (client.path("org/drafter") / "model.safetensors").read_bytes() == WEIGHTS

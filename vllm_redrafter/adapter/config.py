@@ -98,6 +98,35 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
     }
 
 
+def check_verifier(drafter: str, target: Any, revision: str | None) -> None:
+    """Refuse a drafter that was given as the model to serve where its config does not lead to the target.
+
+    Args:
+        drafter: the directory or Hub id given.
+        target: what its config names as the verifier.
+        revision: the one given for the model.
+
+    Raises:
+        ValueError: no target is named, it is neither a directory here nor could be on the Hub, or a revision was given.
+    """
+    remedy = "serve the target, and name the drafter in --speculative-config"
+    if not isinstance(target, str) or not target:
+        raise ValueError(
+            f"the drafter {drafter!r} does not say which target it was trained for: {remedy}, or record the target "
+            "with `vllm-redrafter convert --target`"
+        )
+    if not Path(target).is_dir() and not hub.is_hub_id(target):
+        raise ValueError(
+            f"the drafter {drafter!r} was trained for {target!r}, which is no directory here (a relative path counts "
+            f"from where vLLM is started) and no Hub id: {remedy}"
+        )
+    if revision is not None:
+        raise ValueError(
+            f"revision {revision!r} was given with the drafter {drafter!r} alone, and vLLM takes it for the target's "
+            f"too: {remedy} with its revision"
+        )
+
+
 def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     """Return the options of a request, what is left out filled in from the drafter's config.
 

@@ -1,7 +1,7 @@
 """Every symbol of vLLM that we replace or lean on, in one place: what, why, and when it can go.
 
-Two functions are wrapped; both wrappers call the original for everybody who has not asked for `redrafter`. The rest of
-the adapter subclasses vLLM's classes; what those subclasses override or read is listed as contracts, and checked before
+Three functions are wrapped; the wrappers give everybody who has not asked for `redrafter` the original. The rest of the
+adapter subclasses vLLM's classes; what those subclasses override or read is listed as contracts, and checked before
 an engine starts.
 """
 
@@ -21,7 +21,7 @@ class Patch(NamedTuple):
     """A function of vLLM that is wrapped."""
 
     module: str
-    owner: str
+    owner: str  # a class, or empty for a function of the module
     name: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     why: str
@@ -62,6 +62,21 @@ def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..
     return create_speculative_config
 
 
+def _wrap_maybe_override_with_speculators(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def maybe_override_with_speculators(model: str, *args: Any, **kwargs: Any) -> Any:
+        resolved = original(model, *args, **kwargs)
+        target, _, request = resolved
+        # vLLM puts the model itself in here where it has found a drafter in its place
+        if isinstance(request, dict) and request.get("method") == "redrafter" and request.get("model") == model:
+            from vllm_redrafter.adapter.config import check_verifier
+
+            check_verifier(model, target, kwargs.get("revision"))
+        return resolved
+
+    return maybe_override_with_speculators
+
+
 def _wrap_validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_spec_decode(self: Any, speculative_config: Any) -> Any:
@@ -83,6 +98,15 @@ PATCHES = (
         remove_when="vLLM has a registry of proposers (vllm-project/vllm#36219)",
     ),
     Patch(
+        "vllm.engine.arg_utils",
+        "",
+        "maybe_override_with_speculators",
+        _wrap_maybe_override_with_speculators,
+        why="says in one sentence when a drafter given as the model does not lead to its target: vLLM goes on with "
+        "what it names, and reports a model that cannot be found",
+        remove_when="vLLM checks the verifier that a speculators config names",
+    ),
+    Patch(
         "vllm.sampling_params",
         "SamplingParams",
         "_validate_spec_decode",
@@ -98,6 +122,11 @@ CONTRACTS = (
         "vllm.engine.arg_utils",
         "EngineArgs.create_speculative_config",
         ("target_model_config", "target_parallel_config"),
+    ),
+    Contract(
+        "vllm.engine.arg_utils",
+        "maybe_override_with_speculators",
+        ("model", "tokenizer", "trust_remote_code", "revision", "vllm_speculative_config"),
     ),
     Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
     Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
@@ -201,6 +230,6 @@ def _find(module: str, qualified_name: str) -> Any:
         found: Any = importlib.import_module(module)
     except ImportError:
         return None
-    for part in qualified_name.split("."):
+    for part in filter(None, qualified_name.split(".")):
         found = getattr(found, part, None)
     return found

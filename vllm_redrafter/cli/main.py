@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from vllm_redrafter import __version__
-from vllm_redrafter.cli import bench, demo, distill, doctor, evaluate, generate, train, verify
+from vllm_redrafter.cli import bench, convert, demo, distill, doctor, evaluate, generate, push, train, verify
 from vllm_redrafter.cli.errors import INTERRUPTED, CommandError
 
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, verify, doctor, generate, distill, train, evaluate, bench):
+    for command in (demo, verify, doctor, generate, distill, train, evaluate, convert, push, bench):
         command.add_parser(commands)
     return parser
 

@@ -1,7 +1,7 @@
 """Drafters on disk: a directory with `config.json` and safetensors; pickles are never read.
 
-`load_drafter` reads every dialect of `formats`, `save_drafter` writes ours. Whatever does not fit is refused here, with
-the tensor's or the field's name, before anything is built on it.
+`load_drafter` reads every dialect of `formats`, `save_drafter` writes ours and `save_as_apple` Apple's. Whatever does
+not fit is refused here, with the tensor's or the field's name, before anything is built on it or written.
 """
 
 from __future__ import annotations
@@ -9,31 +9,18 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vllm_redrafter.core import formats, hub
+from vllm_redrafter.core import apple, formats, hub, weights
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
-_CONFIG_FILE = "config.json"
-_WEIGHTS_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_MAX_NAMED = 5
-
-
-class _StoredTensor(NamedTuple):
-    """A tensor in a safetensors file, not yet read."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
+CONFIG_FILE = "config.json"
 
 
 def load_config(directory: Path) -> ReDrafterConfig:
@@ -42,14 +29,28 @@ def load_config(directory: Path) -> ReDrafterConfig:
     Raises:
         ValueError: there is no readable `config.json`, or it does not describe a usable drafter.
     """
-    path = directory / _CONFIG_FILE
+    return formats.parse_config(load_fields(directory), str(directory))
+
+
+def load_fields(directory: Path) -> dict[str, object]:
+    """Return what `config.json` of `directory` holds, as it stands there.
+
+    Raises:
+        ValueError: it is not there or no JSON object.
+    """
+    path = directory / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"no {_CONFIG_FILE} in {str(directory)!r}: pass a directory that holds a drafter")
-    return formats.parse_config(_read_json(path), str(directory))
+        raise ValueError(f"no {CONFIG_FILE} in {str(directory)!r}: pass a directory that holds a drafter")
+    return weights.read_json(path)
 
 
-def load_drafter(model: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> ReDrafter:
-    """Return the drafter of a directory or Hub id in `dtype` on the CPU, ready for inference: eval mode, no gradients.
+def load_drafter(
+    model: str | Path, revision: str | None = None, dtype: torch.dtype | None = torch.float32
+) -> ReDrafter:
+    """Return the drafter of a directory or Hub id on the CPU, ready for inference: eval mode, no gradients.
+
+    Args:
+        dtype: of its weights; None keeps the stored ones, bit for bit.
 
     Raises:
         ValueError: it cannot be found, or its config or its tensors are not those of a drafter.
@@ -60,48 +61,53 @@ def load_drafter(model: str | Path, revision: str | None = None, dtype: torch.dt
     with torch.device("meta"):
         drafter = ReDrafter(config)
     expected = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
-    stored = _catalogue(_weight_files(directory))
-    _check_shapes(expected, stored, directory)
-    state = {name: _read_tensor(stored[name], name, dtype) for name in expected}
+    stored = weights.catalogue(directory)
+    weights.check_shapes(expected, stored, directory)
+    state = {name: weights.read(stored[name], name, dtype) for name in expected}
     drafter.load_state_dict(state, assign=True)
     _check_draft_vocabulary(drafter, str(directory))
     return drafter.requires_grad_(False).eval()
 
 
-def save_drafter(drafter: ReDrafter, directory: Path, dtype: torch.dtype | None = None) -> None:
+def save_drafter(
+    drafter: ReDrafter,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    unused: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write `config.json` and `model.safetensors`, each appearing whole or not at all.
 
     Args:
         dtype: floating-point type on disk; None keeps the drafter's own.
+        unused: tensors that no forward pass uses, stored along (`weights.read_unused`).
 
     Raises:
-        ValueError: the drafter could not be loaded back: bad field, NaN or infinity, unset draft vocabulary.
+        ValueError: the drafter could not be loaded back (bad field, NaN or infinity, unset draft vocabulary), or the
+            directory cannot be written.
     """
-    where = str(directory)
-    formats.parse_config(drafter.config.to_dict(), where)
-    _check_draft_vocabulary(drafter, where)
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in drafter.state_dict().items():
-        if tensor.is_floating_point():
-            tensor = _converted(tensor, dtype or tensor.dtype, name, where)
-        state[name] = tensor.cpu().contiguous()
+    formats.parse_config(drafter.config.to_dict(), str(directory))
+    state = _state(drafter, dtype, unused, str(directory))
     config = copy.deepcopy(drafter.config)
     config.architectures = [type(drafter).__name__]
-    config.dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    config.dtype = _stored_dtype(state)
+    _write(directory, config.to_json_string(), state)
 
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"a drafter cannot be saved to {where!r}: it is a file, pass a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    config_part = directory / f".{_CONFIG_FILE}.{os.getpid()}.part"
-    weights_part = directory / f".{_WEIGHTS_FILE}.{os.getpid()}.part"
-    try:
-        config_part.write_text(config.to_json_string(), encoding="utf-8")
-        save_file(state, weights_part, metadata={"format": "pt"})
-        os.replace(weights_part, directory / _WEIGHTS_FILE)
-        os.replace(config_part, directory / _CONFIG_FILE)
-    finally:
-        config_part.unlink(missing_ok=True)
-        weights_part.unlink(missing_ok=True)
+
+def save_as_apple(
+    drafter: ReDrafter,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    unused: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the drafter as Apple's programs, in PyTorch and in MLX, read it; arguments as those of `save_drafter`.
+
+    Raises:
+        ValueError: Apple's format cannot hold this drafter, or for the reasons of `save_drafter`.
+    """
+    fields = apple.write_fields(drafter.config, str(directory))
+    state = _state(drafter, dtype, unused, str(directory))
+    fields["torch_dtype"] = str(_stored_dtype(state)).removeprefix("torch.")
+    _write(directory, json.dumps(fields, indent=2, sort_keys=True) + "\n", state)
 
 
 def check_against_target(config: ReDrafterConfig, *, hidden_size: int, vocab_size: int, target: str) -> None:
@@ -150,129 +156,45 @@ def check_tokenizer(drafter_directory: Path, target_directory: Path) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _state(
+    drafter: ReDrafter, dtype: torch.dtype | None, unused: Mapping[str, torch.Tensor] | None, where: str
+) -> dict[str, torch.Tensor]:
+    """Return the tensors as they are stored."""
+    _check_draft_vocabulary(drafter, where)
+    state: dict[str, torch.Tensor] = dict(unused or {})
+    for name, tensor in drafter.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = weights.converted(tensor, dtype or tensor.dtype, name, where)
+        state[name] = tensor.cpu().contiguous()
+    return state
+
+
+def _stored_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+
+
+def _write(directory: Path, config: str, state: dict[str, torch.Tensor]) -> None:
+    where = str(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"a drafter cannot be saved to {where!r}: it is a file, pass a directory")
+    config_part = directory / f".{CONFIG_FILE}.{os.getpid()}.part"
+    weights_part = directory / f".{weights.WEIGHTS_FILE}.{os.getpid()}.part"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}): download or export it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, but it must be a JSON object")
-    return content
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / _WEIGHTS_FILE).is_file():
-        return [directory / _WEIGHTS_FILE]
-    index = directory / _INDEX_FILE
-    if index.is_file():
-        return _shards(index)
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
-    if not pickles:
-        raise ValueError(
-            f"no {_WEIGHTS_FILE} in {str(directory)!r}: pass a drafter that has its weights as safetensors "
-            "(pickles are neither fetched nor loaded)"
-        )
-    raise ValueError(
-        f"{str(directory)!r} holds pickled weights only ({', '.join(pickles)}), never loaded because they can run "
-        "code: convert to safetensors, with "
-        f'`safetensors.torch.save_file(torch.load("{pickles[0]}", weights_only=True), "{_WEIGHTS_FILE}")`'
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{str(index)!r} has no weight_map of tensor names to file names: export the drafter again")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
-    for file in files:
-        if file.parent != index.parent:
-            raise ValueError(f"{str(index)!r} names {str(file)!r}, which is not beside it: export the drafter again")
-        if not file.is_file():
-            raise ValueError(f"{str(index)!r} names {file.name!r}, which is not there: download the drafter again")
-    return files
-
-
-def _catalogue(files: Iterable[Path]) -> dict[str, _StoredTensor]:
-    """Return what the files hold under the drafter's own names; no tensor is read."""
-    stored: dict[str, _StoredTensor] = {}
-    for file in files:
+        directory.mkdir(parents=True, exist_ok=True)
         try:
-            with safe_open(file, framework="pt") as content:
-                names = content.keys()
-                shapes = {name: tuple(content.get_slice(name).get_shape()) for name in names}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{str(file)!r} is not a readable safetensors file ({error}): "
-                "it is damaged or cut short (or a git-lfs pointer), download it again"
-            ) from None
-        for stored_name, shape in shapes.items():
-            name = formats.tensor_name(stored_name)
-            if name is None:
-                continue
-            if name in stored:
-                other = stored[name]
-                raise ValueError(
-                    f"tensor {name!r} is there twice, as {other.name!r} in {str(other.file)!r} and as {stored_name!r} "
-                    f"in {file.name!r}: remove one"
-                )
-            stored[name] = _StoredTensor(file, stored_name, shape)
-    return stored
-
-
-def _check_shapes(expected: dict[str, tuple[int, ...]], stored: dict[str, _StoredTensor], directory: Path) -> None:
-    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored]
-    extra = [f"{tensor.name} {list(tensor.shape)}" for name, tensor in stored.items() if name not in expected]
-    misshapen = [
-        f"{name} (expected {list(shape)}, found {list(stored[name].shape)})"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    faults = [
-        f"{label}: {_some(names)}"
-        for label, names in (("missing", missing), ("not expected", extra), ("of another shape", misshapen))
-        if names
-    ]
-    if faults:
+            config_part.write_text(config, encoding="utf-8")
+            save_file(state, weights_part, metadata={"format": "pt"})
+            os.replace(weights_part, directory / weights.WEIGHTS_FILE)
+            os.replace(config_part, directory / CONFIG_FILE)
+        finally:
+            config_part.unlink(missing_ok=True)
+            weights_part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"the tensors in {str(directory)!r} are not those that its {_CONFIG_FILE} describes; {'; '.join(faults)}. "
-            "Correct the config, or export the drafter again"
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
-
-
-def _read_tensor(stored: _StoredTensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-    with safe_open(stored.file, framework="pt") as content:
-        tensor: torch.Tensor = content.get_tensor(stored.name)
-    wanted = {"d2t": torch.int64, "t2d": torch.bool}.get(name)
-    if wanted is not None:
-        if tensor.dtype != wanted:
-            raise ValueError(f"tensor {name!r} in {str(stored.file)!r} is {tensor.dtype}, but it must be {wanted}")
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise ValueError(
-            f"tensor {name!r} in {str(stored.file)!r} is {tensor.dtype}, but weights must be torch.float16, "
-            "torch.bfloat16 or torch.float32: export it unquantised"
-        )
-    return _converted(tensor, dtype, name, str(stored.file))
-
-
-def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str, where: str) -> torch.Tensor:
-    """Return a floating-point tensor in `dtype`; NaN, infinity and what overflows in `dtype` are refused."""
-    if not _is_finite(tensor):
-        raise ValueError(f"tensor {name!r} in {where!r} holds NaN or infinity: train or export the drafter again")
-    converted = tensor.to(dtype)
-    if converted is not tensor and not _is_finite(converted):
-        raise ValueError(f"tensor {name!r} in {where!r} overflows in {dtype}: use torch.bfloat16 or torch.float32")
-    return converted
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # aminmax carries NaN through, and unlike isfinite on every element it allocates nothing
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+            f"a drafter cannot be saved to {where!r} ({reason}): make room or give write access there, "
+            "or pass another directory"
+        ) from None
 
 
 def _check_draft_vocabulary(drafter: ReDrafter, where: str) -> None:
@@ -291,7 +213,7 @@ def _check_draft_vocabulary(drafter: ReDrafter, where: str) -> None:
 
 def _token_ids(path: Path) -> dict[str, int]:
     """Return the ids of all tokens of a `tokenizer.json`, the added ones included."""
-    content = _read_json(path)
+    content = weights.read_json(path)
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):

@@ -1,7 +1,8 @@
 """The dialects of ReDrafter checkpoints: how each program spells its `config.json` and names its tensors.
 
-Four are read (ours, Apple's, TensorRT-LLM's, the eplatero97 fork of `speculators`); only ours is written. All four hold
-the same network, so what differs is translated here once and nothing behind this file knows where a drafter came from.
+Four are read (ours, Apple's, TensorRT-LLM's, the eplatero97 fork of `speculators`); ours and Apple's are written. All
+four hold the same network, so what differs is translated here once and nothing behind this file knows where a drafter
+came from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from vllm_redrafter.core import apple
 from vllm_redrafter.core.config import ReDrafterConfig
+
+DIALECTS = {
+    "redrafter": "vllm-redrafter's own",
+    "apple": "Apple's",
+    "trtllm": "TensorRT-LLM's",
+    "eplatero": "the eplatero97 fork's",
+}
+"""The names by which a dialect is asked for, and whose it is."""
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "hidden_size": (int,),
@@ -44,8 +54,6 @@ _UPSTREAM_KEYS = (
     "speculators_version",
 )
 
-_APPLE_TOP_K = 50
-_APPLE_TRAINED_LENGTH = 5
 _TENSORRT_LLM_NAMES = {
     "redrafter_hidden_size": "hidden_size",
     "redrafter_exit_dim": "exit_dim",
@@ -70,18 +78,30 @@ def parse_config(fields: Mapping[str, Any], directory: str) -> ReDrafterConfig:
         ValueError: it describes another kind of model, lacks a field, or holds one that is unknown or unusable.
     """
     where = f"config.json of {directory!r}"
-    kind = fields.get("speculators_model_type") or fields.get("model_type")
-    if kind == ReDrafterConfig.model_type:
+    dialect = dialect_of(fields)
+    if dialect == "redrafter":
         values = _ours(fields, where)
-    elif kind == "recurrent_drafting":
+    elif dialect == "eplatero":
         values = _eplatero(fields, where)
-    elif any(name in fields for name in _TENSORRT_LLM_NAMES):
+    elif dialect == "trtllm":
         values = _tensorrt_llm(fields)
-    elif kind == "recurrent_drafting_drafter":
-        values = _apple(fields)
+    elif dialect == "apple":
+        values = apple.parse_fields(fields)
     else:
-        raise ValueError(_other_kind(fields, kind, directory))
+        raise ValueError(_other_kind(fields, directory))
     return _build(values, where)
+
+
+def dialect_of(fields: Mapping[str, Any]) -> str | None:
+    """Return which of `DIALECTS` a `config.json` is written in, or None where it is no ReDrafter drafter's."""
+    kind = _kind(fields)
+    if kind == ReDrafterConfig.model_type:
+        return "redrafter"
+    if kind == "recurrent_drafting":
+        return "eplatero"
+    if any(name in fields for name in _TENSORRT_LLM_NAMES):
+        return "trtllm"
+    return "apple" if kind == apple.MODEL_TYPE else None
 
 
 def tensor_name(stored_name: str) -> str | None:
@@ -113,18 +133,10 @@ def _ours(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _apple(fields: Mapping[str, Any]) -> dict[str, Any]:
-    shared = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn", "emb_norm")
-    return {
-        "rnn": False,
-        "top_k": _APPLE_TOP_K,
-        "trained_draft_length": _APPLE_TRAINED_LENGTH,
-        **{name: fields[name] for name in shared if name in fields},
-    }
-
-
 def _tensorrt_llm(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return _apple(fields) | {ours: fields[theirs] for theirs, ours in _TENSORRT_LLM_NAMES.items() if theirs in fields}
+    return apple.parse_fields(fields) | {
+        ours: fields[theirs] for theirs, ours in _TENSORRT_LLM_NAMES.items() if theirs in fields
+    }
 
 
 def _eplatero(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -132,11 +144,11 @@ def _eplatero(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     beam_length = proposal.get("beam_length", 4)
     if type(beam_length) is not int or beam_length < 2:
         raise ValueError(f"{where}: beam_length is {beam_length!r}, but it counts the init token: it must be 2 or more")
-    values = _apple(fields) | {
+    values = apple.parse_fields(fields) | {
         "beam_width": proposal.get("beam_width", 10),
         # their beam_length counts the init token
         "draft_length": beam_length - 1,
-        "top_k": proposal.get("top_k", _APPLE_TOP_K),
+        "top_k": proposal.get("top_k", apple.TOP_K),
         "trained_draft_length": None,
     }
     verifier = _lookup(fields, where, ("speculators_config", "verifier", "name_or_path"))
@@ -160,8 +172,13 @@ def _build(values: dict[str, Any], where: str) -> ReDrafterConfig:
     return config
 
 
-def _other_kind(fields: Mapping[str, Any], kind: object, directory: str) -> str:
+def _kind(fields: Mapping[str, Any]) -> object:
+    return fields.get("speculators_model_type") or fields.get("model_type")
+
+
+def _other_kind(fields: Mapping[str, Any], directory: str) -> str:
     """Return what to tell someone who passed a model that is no ReDrafter drafter."""
+    kind = _kind(fields)
     architectures = str(fields.get("architectures")).lower()
     for family in ("eagle", "medusa"):
         if family in architectures or any(name.startswith(f"{family}_") for name in fields):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -17,19 +19,23 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 _FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 _ACCESS_DENIED = (401, 403)
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_CHUNK_BYTES = 1 << 20
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
     """Return the local directory that holds the drafter.
 
     A directory is used as it is. Anything else is a Hub id, fetched with the user's own settings (token, `HF_HOME`,
-    `HF_ENDPOINT`, `HF_HUB_OFFLINE`); of its files only JSON that we read and safetensors are downloaded.
+    `HF_ENDPOINT`, `HF_HUB_OFFLINE`); of its files only JSON that we read and safetensors are downloaded. Every one of
+    them is held against the digest that the Hub gave for it: its client checks no more than the size.
 
     Raises:
-        ValueError: there is no such drafter, or it cannot be reached.
+        ValueError: there is no such drafter, it cannot be reached, or a file of it is damaged.
     """
     path = Path(os.path.expanduser(model))
     if model and path.is_dir():
@@ -41,7 +47,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if model and path.exists():
         raise ValueError(f"{model!r} is a file: pass the directory that holds it, with config.json beside it")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        directory = Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
     except HFValidationError:
         reason = f"no drafter at {model!r}: pass a directory with config.json or a Hub id"
     except GatedRepoError:
@@ -59,7 +65,46 @@ def resolve(model: str, revision: str | None = None) -> Path:
         reason = _refused(model, error)
     except (HTTPError, OSError) as error:
         reason = _unreachable(model, error)
+    else:
+        _check_digests(model, directory)
+        return directory
     raise ValueError(reason)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether the Hub could have a repository of this name; nobody is asked."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _check_digests(model: str, directory: Path) -> None:
+    """Refuse files of the Hub's cache that are not what their names say: a file's blob is named by its digest."""
+    for file in sorted(directory.iterdir()):
+        # without symbolic links the cache holds plain files, and no digest
+        if not file.is_symlink():
+            continue
+        blob = Path(os.path.normpath(file.parent / file.readlink()))
+        # what is not there is missed, by its name, where the drafter is loaded
+        if _DIGEST.fullmatch(blob.name) and blob.is_file() and _digest(blob) != blob.name:
+            raise ValueError(
+                f"{file.name} of {model!r} is damaged: its digest is not the one that the Hub gave for it; "
+                f"delete {str(blob)!r} and fetch it again"
+            )
+
+
+def _digest(blob: Path) -> str:
+    """Return what the Hub would name the file: SHA-256 for large files, git's own digest for those kept in git."""
+    if len(blob.name) == 64:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    with blob.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _not_cached(model: str, cause: BaseException | None) -> str:
