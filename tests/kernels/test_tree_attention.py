@@ -11,8 +11,6 @@ from vllm_redrafter.kernels import reference, tree_attention
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.gpu import Gpu, gpu_of
 
-
-
 # fp32 sums in another order: some units in the last place of values of order 1
 FP32 = {"rtol": 1e-5, "atol": 3e-6}
 # what goes into the second product is rounded to 11 bits
@@ -186,9 +184,9 @@ def test_what_no_kernel_can_do_is_refused() -> None:
         tree_attention.tree_attention(batch.query, batch.key_cache, batch.value_cache[:1], batch.trees, options, out)
     with pytest.raises(ValueError, match="last stride is 1"):
         tree_attention.tree_attention(*batch, options, out.transpose(1, 2).contiguous().transpose(1, 2))
+    too_large = batch.trees._replace(ancestors=torch.zeros(1, 65, dtype=torch.int64))
     with pytest.raises(ValueError, match="at most 63 nodes"):
-        trees = batch.trees._replace(ancestors=torch.zeros(1, 65, dtype=torch.int64))
-        tree_attention.tree_attention(*batch[:3], trees, options, out)
+        tree_attention.tree_attention(*batch[:3], too_large, options, out)
+    of_two_batches = batch.trees._replace(query_start_loc=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"of \(1, 2, 1\) requests, but ancestors of 1"):
-        trees = batch.trees._replace(query_start_loc=torch.zeros(3, dtype=torch.int32))
-        tree_attention.tree_attention(*batch[:3], trees, options, out)
+        tree_attention.tree_attention(*batch[:3], of_two_batches, options, out)
