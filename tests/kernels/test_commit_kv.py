@@ -3,18 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.batches import Batch, random_batch
+from vllm_redrafter.bench.tree_batches import Batch, random_batch
 from vllm_redrafter.kernels import commit_kv, reference
 from vllm_redrafter.kernels.caches import LayerCaches, layer_caches
 
 
 def layers_of(batch: Batch, num_layers: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Returns keys and values side by side, different in every layer, with the batch's strides."""
-    size = batch.key_cache.shape[-1]
-    whole = batch.key_cache.as_strided((*batch.key_cache.shape[:-1], 2 * size), batch.key_cache.stride())
+    """Returns caches that differ in every layer, with the batch's strides."""
     layers = []
     for layer in range(num_layers):
-        copy = torch.empty_strided(whole.shape, whole.stride()).copy_(whole.nan_to_num() + layer)
+        copy = batch.cache.clone()
+        copy.copy_(copy.nan_to_num() + layer)
         layers.append(copy.to(dtype))
     return layers
 
@@ -65,8 +64,8 @@ def test_a_row_may_be_the_source_of_one_move_and_the_target_of_another() -> None
 
 def test_fp8_rows_are_moved_as_bytes() -> None:
     batch = random_batch([14], [9])
-    every_byte = torch.arange(256, dtype=torch.uint8).repeat(batch.key_cache.numel())
-    caches = [torch.empty(batch.key_cache.shape, dtype=torch.uint8) for _ in range(2)]
+    every_byte = torch.arange(256, dtype=torch.uint8).repeat(batch.cache.numel())
+    caches = [torch.empty(batch.cache.shape, dtype=torch.uint8) for _ in range(2)]
     for shift, cache in enumerate(caches):
         cache.copy_(every_byte[shift : shift + cache.numel()].view(cache.shape))
 
@@ -76,9 +75,7 @@ def test_fp8_rows_are_moved_as_bytes() -> None:
 @pytest.mark.parametrize(("head_size", "word_bytes"), [(64, 8), (2, 4), (3, 2)])
 def test_words_are_as_wide_as_addresses_and_rows_allow(head_size: int, word_bytes: int) -> None:
     batch = random_batch([14], [5], head_size=head_size)
-    caches = [cache.to(torch.float16) for cache in (batch.key_cache.contiguous(), batch.value_cache.contiguous())]
-    for cache in caches:
-        cache.nan_to_num_()
+    caches = [cache.half().nan_to_num().contiguous() for cache in batch.inputs[1:3]]
 
     assert layer_caches(caches).word_bytes == word_bytes
     assert_committed(caches, batch, paths([2, 4]))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.batches import Batch, random_batch
+from vllm_redrafter.bench.tree_batches import Batch, random_batch
 from vllm_redrafter.kernels import reference, tree_attention
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.gpu import Gpu, gpu_of
@@ -24,8 +24,8 @@ def options_for(batch: Batch, **options: Any) -> AttentionOptions:
 def attend(batch: Batch, options: AttentionOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what kernel and twin wrote to outputs that were NaN."""
     ours, expected = torch.full_like(batch.query, math.nan), torch.full_like(batch.query, math.nan)
-    tree_attention.tree_attention(*batch, options, ours)
-    reference.tree_attention(*batch, options, expected)
+    tree_attention.tree_attention(*batch.inputs, options, ours)
+    reference.tree_attention(*batch.inputs, options, expected)
     return ours, expected
 
 
@@ -40,7 +40,7 @@ def assert_same(batch: Batch, tolerance: dict[str, float] = FP32, **options: Any
 
 def num_splits(batch: Batch) -> int:
     out = torch.empty_like(batch.query)
-    launches = tree_attention.plan(*batch, options_for(batch), out, gpu_of(out.device))
+    launches = tree_attention.plan(*batch.inputs, options_for(batch), out, gpu_of(out.device))
     assert len(launches) == (1 if launches[0].arguments["NUM_SPLITS"] == 1 else 2)
     count: int = launches[0].arguments["NUM_SPLITS"]
     return count
@@ -81,7 +81,7 @@ def test_a_chain_is_causal_attention() -> None:
 
     positions = torch.arange(26)
     blocks = batch.trees.block_table[0, positions // 16].long()
-    k, v = (cache[blocks, positions % 16].repeat_interleave(2, dim=1) for cache in (batch.key_cache, batch.value_cache))
+    k, v = (cache[blocks, positions % 16].repeat_interleave(2, dim=1) for cache in batch.inputs[1:3])
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(tensor.transpose(0, 1) for tensor in (batch.query[:6], k, v)),
         attn_mask=positions <= 20 + torch.arange(6)[:, None],
@@ -145,15 +145,13 @@ def test_half_precision(head_size: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_an_fp8_cache_with_its_scales(capability: int) -> None:
     batch = random_batch([70, 5], [5, 9])
-    batch = batch._replace(
-        key_cache=batch.key_cache.to(torch.float8_e4m3fn), value_cache=batch.value_cache.to(torch.float8_e4m3fn)
-    )
+    batch = batch._replace(cache=batch.cache.to(torch.float8_e4m3fn))
     options = options_for(batch, k_scale=torch.tensor([0.5]), v_scale=torch.tensor([3.0]))
     ours, expected = torch.full_like(batch.query, math.nan), torch.full_like(batch.query, math.nan)
 
-    for launch in tree_attention.plan(*batch, options, ours, Gpu(capability)):
+    for launch in tree_attention.plan(*batch.inputs, options, ours, Gpu(capability)):
         launch.run()
-    reference.tree_attention(*batch, options, expected)
+    reference.tree_attention(*batch.inputs, options, expected)
 
     torch.testing.assert_close(ours[:14], expected[:14], **FP32)
 
@@ -163,11 +161,11 @@ def test_every_e4m3_number_is_decoded() -> None:
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     values = codes.repeat(2)[: 4 * 64].view(torch.float8_e4m3fn).reshape(4, 1, 1, 64)
     batch = random_batch([0] * 4, [1] * 4, num_heads=1, num_kv_heads=1, block_size=1)
-    batch = batch._replace(key_cache=values, value_cache=values)
+    batch = batch._replace(cache=torch.cat((values.view(torch.uint8),) * 2, dim=-1).view(values.dtype))
     batch.trees.block_table[:, 0] = torch.arange(4)
     ours = torch.full_like(batch.query, math.nan)
 
-    for launch in tree_attention.plan(*batch, options_for(batch), ours, Gpu(80)):
+    for launch in tree_attention.plan(*batch.inputs, options_for(batch), ours, Gpu(80)):
         launch.run()
 
     assert torch.equal(ours[:4], values[:, 0].float())
@@ -177,16 +175,17 @@ def test_what_no_kernel_can_do_is_refused() -> None:
     batch = random_batch([5], [3])
     out = torch.empty_like(batch.query)
     options = options_for(batch)
+    query, keys, values, trees = batch.inputs
 
     with pytest.raises(ValueError, match="head_size is 72, but the kernel knows"):
-        tree_attention.tree_attention(batch.query.new_zeros(3, 4, 72), *batch[1:], options, out)
+        tree_attention.tree_attention(batch.query.new_zeros(3, 4, 72), *batch.inputs[1:], options, out)
     with pytest.raises(ValueError, match="4 heads of 64 do not fit caches"):
-        tree_attention.tree_attention(batch.query, batch.key_cache, batch.value_cache[:1], batch.trees, options, out)
+        tree_attention.tree_attention(query, keys, values[:1], trees, options, out)
     with pytest.raises(ValueError, match="last stride is 1"):
-        tree_attention.tree_attention(*batch, options, out.transpose(1, 2).contiguous().transpose(1, 2))
+        tree_attention.tree_attention(*batch.inputs, options, out.transpose(1, 2).contiguous().transpose(1, 2))
     too_large = batch.trees._replace(ancestors=torch.zeros(1, 65, dtype=torch.int64))
     with pytest.raises(ValueError, match="at most 63 nodes"):
-        tree_attention.tree_attention(*batch[:3], too_large, options, out)
+        tree_attention.tree_attention(*batch.inputs[:3], too_large, options, out)
     of_two_batches = batch.trees._replace(query_start_loc=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"of \(1, 2, 1\) requests, but ancestors of 1"):
-        tree_attention.tree_attention(*batch[:3], of_two_batches, options, out)
+        tree_attention.tree_attention(*batch.inputs[:3], of_two_batches, options, out)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.kernels.batches import random_parents
+from vllm_redrafter.bench.tree_batches import random_parents
 from vllm_redrafter.core.acceptance import Walk, greedy_walk
 from vllm_redrafter.core.token_tree import TokenTree
 from vllm_redrafter.kernels import reference, verify_walk
@@ -81,7 +86,7 @@ def random_rows(vocab_size: int, num_rows: int = 6) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(num_rows, vocab_size, generator=generator)
     positions = torch.randint(1 << 20, (num_rows,), generator=generator)
-    requests = torch.tensor([0, 1, 2, -1, 1, 2], dtype=torch.int32)[:num_rows]
+    requests = torch.tensor([0, 1, 2, -1, 1, 2], dtype=torch.int32).repeat(num_rows // 6)
     return (
         logits,
         positions,
@@ -96,6 +101,19 @@ def test_tokens_are_the_twins(vocab_size: int) -> None:
     rows = random_rows(vocab_size)
 
     assert torch.equal(verify_walk.target_tokens(*rows), reference.target_tokens(*rows))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM, whose draws are compared with")
+def test_tokens_are_those_of_vllm(tmp_path: Path) -> None:
+    rows = random_rows(20000, num_rows=60)
+    torch.save(rows, tmp_path / "rows.pt")
+
+    command = [sys.executable, Path(__file__).with_name("vllm_draws.py"), tmp_path / "rows.pt", tmp_path / "tokens.pt"]
+    result = subprocess.run(command, capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(verify_walk.target_tokens(*rows), torch.load(tmp_path / "tokens.pt"))
 
 
 def test_temperature_0_and_padding_are_greedy_and_the_first_of_equals_wins() -> None:
