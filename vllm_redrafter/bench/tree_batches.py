@@ -14,9 +14,7 @@ class Batch(NamedTuple):
     """Queries of trees, and the cache that they attend to."""
 
     query: torch.Tensor  # [num_rows, num_heads, head_size]
-    cache: (
-        torch.Tensor
-    )  # [num_blocks, block_size, num_kv_heads, 2 * head_size]: keys, then values
+    cache: torch.Tensor  # [num_blocks, block_size, num_kv_heads, 2 * head_size]: keys, then values
     trees: TreeBatch
 
     @property
