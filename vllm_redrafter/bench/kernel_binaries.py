@@ -15,7 +15,6 @@ from vllm_redrafter.kernels.caches import layer_caches
 from vllm_redrafter.kernels.gpu import Gpu
 from vllm_redrafter.kernels.launch import Launch
 
-CAPABILITIES = (80, 90, 100)
 _LONG = 1 << 16
 """A context that is split."""
 

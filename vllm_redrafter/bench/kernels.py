@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,19 +57,18 @@ class Plan:
 
 def check(device: str) -> Iterator[Measurement]:
     """Yield the errors of every kernel in small cases with odd shapes; bf16 on GPUs only, the interpreter has none."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.float16)
-    for dtype in dtypes:
-        for name, options in (("", {}), (" window 40", {"sliding_window": 40}), (" soft cap 5", {"soft_cap": 5.0})):
-            batch = random_batch([37, 0, 600], [17, 1, 5], num_heads=6, dtype=dtype, device=device)
-            yield _attention(f"{_name(dtype)}{name}", batch, **options)
-        for head_size in tree_attention.HEAD_SIZES:
-            batch = random_batch([70, 5], [5, 9], head_size=head_size, layout="HND", dtype=dtype, device=device)
-            yield _attention(f"{_name(dtype)} head size {head_size}", batch)
-        batch = random_batch([70, 500], [5, 64], dtype=dtype, device=device)
-        scales = {"k_scale": torch.tensor([0.5], device=device), "v_scale": torch.tensor([2.0], device=device)}
-        yield _attention(
-            f"{_name(dtype)} fp8 cache", batch._replace(cache=batch.cache.to(torch.float8_e4m3fn)), **scales
-        )
+    main_dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for dtype in dict.fromkeys((torch.float32, torch.float16, main_dtype)):
+        batch = random_batch([37, 0, 600], [17, 1, 5], num_heads=6, dtype=dtype, device=device)
+        yield _attention(_name(dtype), batch)
+    yield _attention("window 40", batch, sliding_window=40)
+    yield _attention("soft cap 5", batch, soft_cap=5.0)
+    for head_size in tree_attention.HEAD_SIZES:
+        batch = random_batch([70, 5], [5, 9], head_size=head_size, layout="HND", dtype=main_dtype, device=device)
+        yield _attention(f"head size {head_size}", batch)
+    batch = random_batch([70, 5], [5, 64], dtype=main_dtype, device=device)
+    scales = {"k_scale": torch.tensor([0.5], device=device), "v_scale": torch.tensor([2.0], device=device)}
+    yield _attention("fp8 cache", batch._replace(cache=batch.cache.to(torch.float8_e4m3fn)), **scales)
     yield _commit("3 layers", *_commit_case(random_batch([14, 60], [9, 17], device=device), 3))
     yield _walk("63 nodes", 8, 63, device)
     yield _draw("5000 tokens", *_draw_case(8, 5000, device))
@@ -98,7 +97,7 @@ def measure(plan: Plan) -> Iterator[Measurement]:
         yield _timed_draw(f"batch {batch_size} {_VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
 
 
-def _attention(case: str, batch: Batch, **options: object) -> Measurement:
+def _attention(case: str, batch: Batch, **options: Any) -> Measurement:
     layer = AttentionOptions(batch.query.shape[-1] ** -0.5)._replace(**options)
     # what is not written stays nan
     ours = torch.full_like(batch.query, float("nan"))
@@ -125,7 +124,7 @@ def _timed_attention(
     )
     batch = batch._replace(cache=batch.cache.to(cache_dtype))
     unit = torch.ones(1, device="cuda")
-    scales = {} if cache_dtype == torch.bfloat16 else {"k_scale": unit, "v_scale": unit}
+    scales: dict[str, Any] = {} if cache_dtype == torch.bfloat16 else {"k_scale": unit, "v_scale": unit}
     measured = _attention(case, batch, **scales)
 
     layer = AttentionOptions(plan.head_size**-0.5)._replace(**scales)

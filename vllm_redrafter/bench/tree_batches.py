@@ -20,8 +20,8 @@ class Batch(NamedTuple):
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TreeBatch]:
         """What `tree_attention` takes first: queries, keys, values, trees."""
-        keys, values = self.cache.split(self.query.shape[-1], dim=-1)
-        return self.query, keys, values, self.trees
+        head_size = self.query.shape[-1]
+        return self.query, self.cache[..., :head_size], self.cache[..., head_size:], self.trees
 
 
 def random_parents(num_rows: int, generator: torch.Generator) -> list[int]:
@@ -68,8 +68,9 @@ def random_batch(
     # behind the blocks of a request there is nothing that could be read
     block_table = torch.full((len(seq_lens), max(blocks_of) + 1), -(1 << 30), dtype=torch.int32)
     ancestors = torch.zeros(len(seq_lens), max_rows, dtype=torch.int64)
-    for request, blocks in enumerate(torch.randperm(num_blocks, generator=of_structure)[:-3].split(blocks_of)):
-        block_table[request, : len(blocks)] = blocks
+    free_blocks = iter(torch.randperm(num_blocks, generator=of_structure).tolist())
+    for request, count in enumerate(blocks_of):
+        block_table[request, :count] = torch.tensor([next(free_blocks) for _ in range(count)])
         words = ancestor_words(random_parents(query_lens[request], of_structure))
         ancestors[request, : len(words)] = torch.tensor(words, dtype=torch.int64)
 

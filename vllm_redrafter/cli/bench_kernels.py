@@ -29,8 +29,11 @@ def add_parser(benches: Any) -> None:
     )
     parser.add_argument(
         "--compile-only",
-        action="store_true",
-        help="compile them for sm_80, sm_90 and sm_100 instead, which needs no GPU: registers, shared memory, spills",
+        metavar="SM,...",
+        nargs="?",
+        type=options.list_of(options.positive_int),
+        const=(80, 90, 100),
+        help="only compile them, which needs no GPU: registers, shared memory, spills (default: 80,90,100)",
     )
     for name, default, what in (
         ("batch-sizes", (1, 8, 32, 64), "requests"),
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if find_spec("triton") is None:
         raise CommandError("the kernels need Triton, which is not installed: pip install triton")
-    return _compile() if arguments.compile_only else _measure(arguments)
+    return _compile(arguments.compile_only) if arguments.compile_only else _measure(arguments)
 
 
 def _measure(arguments: argparse.Namespace) -> int:
@@ -83,13 +86,13 @@ def _measure(arguments: argparse.Namespace) -> int:
     return 0 if agree else FAILED
 
 
-def _compile() -> int:
+def _compile(capabilities: Sequence[int]) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
     from vllm_redrafter.bench import kernel_binaries, provenance
 
     compiled: list[Compiled] = []
-    for capability in kernel_binaries.CAPABILITIES:
+    for capability in capabilities:
         print(f"compiling for sm_{capability}", file=sys.stderr, flush=True)
         compiled += kernel_binaries.compile_all(capability)
     print(render_binaries(compiled), flush=True)
