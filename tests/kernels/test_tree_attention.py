@@ -41,8 +41,8 @@ def assert_same(batch: Batch, tolerance: dict[str, float] = FP32, **options: Any
 def num_splits(batch: Batch) -> int:
     out = torch.empty_like(batch.query)
     launches = tree_attention.plan(*batch.inputs, options_for(batch), out, gpu_of(out.device))
-    assert len(launches) == (1 if launches[0].arguments["NUM_SPLITS"] == 1 else 2)
-    count: int = launches[0].arguments["NUM_SPLITS"]
+    assert len(launches) == (1 if launches[0].arguments["num_splits"] == 1 else 2)
+    count: int = launches[0].arguments["num_splits"]
     return count
 
 
@@ -60,7 +60,8 @@ def test_head_sizes(head_size: int) -> None:
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
 def test_trees_that_end_before_at_and_behind_a_block(block_size: int) -> None:
     rows = 6
-    assert_same(random_batch([block_size - rows - 1, block_size - rows, block_size - 1, block_size], [rows] * 4))
+    contexts = [block_size - rows - 1, block_size - rows, block_size - 1, block_size]
+    assert_same(random_batch(contexts, [rows] * 4, block_size=block_size))
 
 
 def test_an_empty_context() -> None:

@@ -13,8 +13,8 @@ MAX_ROWS = 64
 class TreeBatch(NamedTuple):
     """Trees to verify: row i of a request is node i, and stands in slot `context + i` of the request's KV cache.
 
-    What a CUDA graph must not depend on is in the tensors. A request may have any number of rows, none included: what
-    the scheduler cut off at the end leaves a tree.
+    What a CUDA graph must not depend on is in the tensors. A request may have any number of rows up to 1 + N, none
+    included: what the scheduler cut off at the end leaves a tree.
     """
 
     block_table: torch.Tensor  # [num_requests, max_blocks] int32

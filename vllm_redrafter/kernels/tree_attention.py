@@ -104,6 +104,7 @@ def plan(
             **_strides("ancestors", trees.ancestors, "request"),
             **_strides("out", parts, "split", "row", "head"),
             "num_rows": num_rows,
+            "num_splits": num_splits,
             "SOFT_CAP": options.soft_cap,
             "WINDOW": options.sliding_window,
             "BLOCK_SIZE": key_cache.shape[1],
@@ -112,7 +113,6 @@ def plan(
             "NUM_HEADS": num_heads,
             "GROUP": group,
             "NUM_TILES": num_tiles,
-            "NUM_SPLITS": num_splits,
             **shape,
         },
         num_warps=_num_warps(shape["BLOCK_M"], head_size),
@@ -132,10 +132,10 @@ def plan(
             **_strides("out", out, "row", "head"),
             "num_requests": num_requests,
             "num_rows": num_rows,
+            "num_splits": num_splits,
             "NUM_HEADS": num_heads,
             "HEAD_SIZE": head_size,
             "PADDED_HEAD": triton.next_power_of_2(head_size),
-            "NUM_SPLITS": num_splits,
             "PADDED_SPLITS": triton.next_power_of_2(num_splits),
         },
     )
@@ -179,7 +179,8 @@ def _strides(name: str, tensor: torch.Tensor, *axes: str) -> dict[str, Any]:
     return {f"{name}_stride_{axis}": tensor.stride(index) for index, axis in enumerate(axes)}
 
 
-@triton.jit
+# what differs from step to step must not call for another binary
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _attend_kernel(
     query,
     keys,
@@ -207,6 +208,7 @@ def _attend_kernel(
     out_stride_row,
     out_stride_head,
     num_rows,
+    num_splits,
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -216,7 +218,6 @@ def _attend_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
     row_tile = tl.program_id(0) % NUM_TILES
@@ -257,7 +258,7 @@ def _attend_kernel(
         # the root looks back farthest
         first_tile = tl.maximum(context_len - WINDOW + 1, 0) // BLOCK_KV
     last_tile = tl.cdiv(kv_len, BLOCK_KV)
-    num_tiles = tl.cdiv(last_tile - first_tile, NUM_SPLITS)
+    num_tiles = tl.cdiv(last_tile - first_tile, num_splits)
     begin = first_tile + split * num_tiles
     end = tl.minimum(begin + num_tiles, last_tile)
     tree_tile = context_len // BLOCK_KV
@@ -309,7 +310,7 @@ def _attend_kernel(
         tl.store(lse + (split.to(tl.int64) * num_rows + rows) * NUM_HEADS + heads, log_total, mask=in_query)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "num_rows", "num_splits"])
 def _join_kernel(
     parts,
     lse,
@@ -319,10 +320,10 @@ def _join_kernel(
     out_stride_head,
     num_requests,
     num_rows,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PADDED_HEAD: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -332,7 +333,7 @@ def _join_kernel(
     splits = tl.arange(0, PADDED_SPLITS).to(tl.int64)
     d = tl.arange(0, PADDED_HEAD)
     index = (splits * num_rows + row) * NUM_HEADS + head
-    log_totals = tl.load(lse + index, mask=splits < NUM_SPLITS, other=float("-inf"))
+    log_totals = tl.load(lse + index, mask=splits < num_splits, other=float("-inf"))
     used = log_totals > float("-inf")
     peak = tl.max(log_totals, axis=0)
     weights = tl.where(used, tl.exp2(log_totals - tl.where(peak > float("-inf"), peak, 0.0)), 0.0)
