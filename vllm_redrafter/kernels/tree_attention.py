@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_redrafter.kernels import tile
+from vllm_redrafter.kernels import join, tile
 from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
 from vllm_redrafter.kernels.gpu import Gpu, gpu_of
 from vllm_redrafter.kernels.launch import Launch
@@ -121,25 +121,7 @@ def plan(
     )
     if part_lse is None:
         return [attend]
-    join = Launch(
-        _join_kernel,
-        (num_rows, num_heads),
-        {
-            "parts": parts,
-            "lse": part_lse,
-            "query_start_loc": trees.query_start_loc,
-            "out": out,
-            **_strides("out", out, "row", "head"),
-            "num_requests": num_requests,
-            "num_rows": num_rows,
-            "num_splits": num_splits,
-            "NUM_HEADS": num_heads,
-            "HEAD_SIZE": head_size,
-            "PADDED_HEAD": triton.next_power_of_2(head_size),
-            "PADDED_SPLITS": triton.next_power_of_2(num_splits),
-        },
-    )
-    return [attend, join]
+    return [attend, join.plan(parts, part_lse, trees.query_start_loc, out)]
 
 
 def _check(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, out: torch.Tensor) -> None:
@@ -308,44 +290,3 @@ def _attend_kernel(
     if lse is not None:
         log_total = tl.where(seen_any, peak + tl.log2(tl.where(seen_any, total, 1.0)), float("-inf"))
         tl.store(lse + (split.to(tl.int64) * num_rows + rows) * NUM_HEADS + heads, log_total, mask=in_query)
-
-
-@triton.jit(do_not_specialize=["num_requests", "num_rows", "num_splits"])
-def _join_kernel(
-    parts,
-    lse,
-    query_start_loc,
-    out,
-    out_stride_row,
-    out_stride_head,
-    num_requests,
-    num_rows,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PADDED_HEAD: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    if row >= tl.load(query_start_loc + num_requests):
-        return
-    splits = tl.arange(0, PADDED_SPLITS).to(tl.int64)
-    d = tl.arange(0, PADDED_HEAD)
-    index = (splits * num_rows + row) * NUM_HEADS + head
-    log_totals = tl.load(lse + index, mask=splits < num_splits, other=float("-inf"))
-    used = log_totals > float("-inf")
-    peak = tl.max(log_totals, axis=0)
-    weights = tl.where(used, tl.exp2(log_totals - tl.where(peak > float("-inf"), peak, 0.0)), 0.0)
-    values = tl.load(
-        parts + index[:, None] * HEAD_SIZE + d[None, :],
-        mask=used[:, None] & (d < HEAD_SIZE)[None, :],
-        other=0.0,
-    )
-    total = tl.sum(weights, axis=0)
-    joined = tl.sum(values * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(
-        out + row * out_stride_row + head * out_stride_head + d,
-        joined.to(out.dtype.element_ty),
-        mask=d < HEAD_SIZE,
-    )
