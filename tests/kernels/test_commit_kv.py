@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from vllm_redrafter.bench.tree_batches import Batch, random_batch
-from vllm_redrafter.kernels import commit_kv, reference
+from vllm_redrafter.kernels import reference
 from vllm_redrafter.kernels.caches import LayerCaches, layer_caches
+
+commit_kv = pytest.importorskip("vllm_redrafter.kernels.commit_kv", reason="needs Triton", exc_type=ImportError)
 
 
 def layers_of(batch: Batch, num_layers: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

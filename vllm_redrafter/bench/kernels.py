@@ -2,7 +2,7 @@
 
 Times are held against a floor, the bytes that must be moved over the bandwidth that a copy reaches, and against what
 stock code takes for the same rows: attention of a chain by torch on keys and values that lie in one piece, a copy per
-layer instead of one for all, an argmax. Needs torch and Triton, no vLLM.
+layer instead of one for all, an argmax. Needs no vLLM: what the core needs, and Triton.
 """
 
 from __future__ import annotations
