@@ -82,6 +82,13 @@ def test_spills_fail_the_command(
     assert json.loads(lines[-1])["spills"] is (spilled_bytes > 0)
 
 
+def test_a_gpu_that_no_kernel_was_made_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "kernels", "--compile-only", "90,70"])
+
+    assert "'70' is none of 80, 86, 89, 90" in capsys.readouterr().err
+
+
 def test_triton_is_asked_for_where_it_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from vllm_redrafter.bench.kernels import Measurement
 
 
+_GPUS = (80, 86, 89, 90, 100, 103, 120)
+"""Compute capabilities that the kernels are compiled for: A100, consumer Ampere, Ada, Hopper, three Blackwells."""
+
+
 def add_parser(benches: Any) -> None:
     """Add the sub-command."""
     parser = benches.add_parser(
@@ -31,7 +35,7 @@ def add_parser(benches: Any) -> None:
         "--compile-only",
         metavar="SM,...",
         nargs="?",
-        type=options.list_of(options.positive_int),
+        type=options.list_of(_gpu),
         const=(80, 90, 100),
         help="only compile them, which needs no GPU: registers, shared memory, spills (default: 80,90,100)",
     )
@@ -142,6 +146,13 @@ def render_binaries(compiled: Sequence[Compiled]) -> str:
         [(one.kernel, one.case, f"sm_{one.capability}", *map(str, one.binary)) for one in compiled],
         left=3,
     )
+
+
+def _gpu(text: str) -> int:
+    """Parse a compute capability."""
+    if text not in map(str, _GPUS):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, _GPUS))}, the GPUs to compile for")
+    return int(text)
 
 
 def _ratio(above: float | None, below: float | None, times: float = 1.0) -> float | None:
