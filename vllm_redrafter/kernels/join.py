@@ -17,6 +17,7 @@ def plan(
 ) -> Launch:
     """Return the launch that writes what the parts make together; 0 where all are without weights."""
     num_splits, num_rows, num_heads, head_size = parts.shape
+    padded_splits, padded_head = triton.next_power_of_2(num_splits), triton.next_power_of_2(head_size)
     return Launch(
         _join_kernel,
         (num_rows, num_heads),
@@ -32,9 +33,10 @@ def plan(
             "num_splits": num_splits,
             "NUM_HEADS": num_heads,
             "HEAD_SIZE": head_size,
-            "PADDED_HEAD": triton.next_power_of_2(head_size),
-            "PADDED_SPLITS": triton.next_power_of_2(num_splits),
+            "PADDED_HEAD": padded_head,
+            "PADDED_SPLITS": padded_splits,
         },
+        num_warps=8 if padded_splits * padded_head > 2048 else 4,
     )
 
 
