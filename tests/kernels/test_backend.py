@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from vllm_redrafter.kernels import Backend, backend, reference
+
+tree_attention = pytest.importorskip(
+    "vllm_redrafter.kernels.tree_attention", reason="needs Triton", exc_type=ImportError
+)
+commit_kv = pytest.importorskip("vllm_redrafter.kernels.commit_kv", reason="needs Triton", exc_type=ImportError)
+verify_walk = pytest.importorskip("vllm_redrafter.kernels.verify_walk", reason="needs Triton", exc_type=ImportError)
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    backend.cache_clear()
+    yield
+    backend.cache_clear()
+
+
+def test_interpreted_kernels_are_tritons() -> None:
+    chosen = backend()
+
+    assert chosen.name == "triton"
+    assert chosen[1:] == (
+        tree_attention.tree_attention,
+        commit_kv.commit_kv,
+        verify_walk.target_tokens,
+        verify_walk.verify_walk,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_twins_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+
+    chosen = backend()
+
+    assert chosen.name == "reference"
+    assert {function.__module__ for function in chosen[1:]} == {reference.__name__}
+
+
+@pytest.mark.parametrize("name", Backend._fields[1:])
+def test_kernel_and_twin_have_one_signature(name: str) -> None:
+    (kernel,) = (getattr(module, name) for module in (tree_attention, commit_kv, verify_walk) if hasattr(module, name))
+
+    assert inspect.signature(kernel) == inspect.signature(getattr(reference, name))

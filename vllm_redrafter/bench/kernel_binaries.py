@@ -1,0 +1,86 @@
+"""What every kernel needs of GPUs that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from vllm_redrafter.bench.tree_batches import random_batch
+from vllm_redrafter.kernels import commit_kv, tree_attention, verify_walk
+from vllm_redrafter.kernels.batch import AttentionOptions
+from vllm_redrafter.kernels.binary import Binary, compile_launch
+from vllm_redrafter.kernels.caches import layer_caches
+from vllm_redrafter.kernels.gpu import Gpu
+from vllm_redrafter.kernels.launch import Launch
+
+_LONG = 1 << 16
+"""A context that is split."""
+
+
+class Compiled(NamedTuple):
+    """A kernel as one kind of GPU runs it."""
+
+    kernel: str
+    case: str
+    capability: int
+    binary: Binary
+
+
+def compile_all(capability: int) -> Iterator[Compiled]:
+    """Yield every kernel, in the cases that models and trees make of it."""
+    for case, launch in _cases(Gpu(capability)):
+        name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+        yield Compiled(name, case, capability, compile_launch(launch, capability))
+
+
+def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
+    # rows of all heads of a group: one fills a tile, one the smallest, one many
+    for num_rows, group in ((17, 4), (5, 1), (64, 8)):
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            yield from _attention(gpu, 128, num_rows, group, dtype)
+    for head_size in tree_attention.HEAD_SIZES:
+        if head_size != 128:
+            yield from _attention(gpu, head_size, 17, 4, torch.bfloat16)
+    yield from _attention(gpu, 128, 17, 4, torch.bfloat16, sliding_window=4096)
+    yield from _attention(gpu, 256, 17, 4, torch.bfloat16, sliding_window=4096, soft_cap=50.0)
+
+    batch = random_batch([20], [17], num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+    for path in (5, 17):
+        yield (
+            f"paths of {path}",
+            commit_kv.plan(layer_caches([batch.cache]), batch.trees, torch.zeros(1, path, dtype=torch.int64)),
+        )
+    ids, starts = torch.zeros(1, 17, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    yield "16 nodes", verify_walk.plan_walk(ids, ids, starts, ids[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.zeros(1, 128_000, dtype=dtype)
+        yield (
+            str(dtype).removeprefix("torch."),
+            verify_walk.plan_draw(logits, ids[0, :1], starts[:1], torch.zeros(1), ids[0, :1]),
+        )
+
+
+def _attention(
+    gpu: Gpu,
+    head_size: int,
+    num_rows: int,
+    group: int,
+    cache_dtype: torch.dtype,
+    *,
+    sliding_window: int = 0,
+    soft_cap: float = 0.0,
+) -> Iterator[tuple[str, Launch]]:
+    batch = random_batch(
+        [20], [num_rows], num_heads=2 * group, num_kv_heads=2, head_size=head_size, dtype=torch.bfloat16
+    )
+    batch = batch._replace(cache=batch.cache.to(cache_dtype), trees=batch.trees._replace(max_seq_len=_LONG))
+    scale = torch.ones(1) if cache_dtype == torch.float8_e4m3fn else None
+    options = AttentionOptions(head_size**-0.5, soft_cap, sliding_window, scale, scale)
+    case = f"{num_rows} rows x {group} heads of {head_size}"
+    case += ", fp8" if scale is not None else ""
+    case += ", window" if sliding_window else ""
+    case += ", soft cap" if soft_cap else ""
+    for launch in tree_attention.plan(*batch.inputs, options, torch.empty_like(batch.query), gpu):
+        yield case, launch

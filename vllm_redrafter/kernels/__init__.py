@@ -1,0 +1,49 @@
+"""What runs on the GPU, in Triton: every kernel stands beside its twin in plain torch, under one name and signature."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from vllm_redrafter.core.acceptance import Walk
+from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
+from vllm_redrafter.kernels.caches import LayerCaches
+
+_Tensor = torch.Tensor
+
+
+class Backend(NamedTuple):
+    """One set of kernels."""
+
+    name: str
+    """"triton" or "reference"."""
+    tree_attention: Callable[[_Tensor, _Tensor, _Tensor, TreeBatch, AttentionOptions, _Tensor], None]
+    commit_kv: Callable[[LayerCaches, TreeBatch, _Tensor], None]
+    target_tokens: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
+    verify_walk: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], Walk]
+
+
+@functools.cache
+def backend() -> Backend:
+    """Return the kernels of this process: Triton's on a GPU or where it interprets them, else the twins in torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if find_spec("triton") is not None and (interpreted or torch.cuda.is_available()):
+        from vllm_redrafter.kernels import commit_kv, tree_attention, verify_walk
+
+        return Backend(
+            "triton",
+            tree_attention.tree_attention,
+            commit_kv.commit_kv,
+            verify_walk.target_tokens,
+            verify_walk.verify_walk,
+        )
+    from vllm_redrafter.kernels import reference
+
+    return Backend(
+        "reference", reference.tree_attention, reference.commit_kv, reference.target_tokens, reference.verify_walk
+    )

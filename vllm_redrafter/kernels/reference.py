@@ -1,0 +1,137 @@
+"""The kernels' twins in plain torch: same names, same signatures, readable, slow."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_redrafter.core.acceptance import Walk
+from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
+from vllm_redrafter.kernels.caches import LayerCaches
+
+
+def tree_attention(
+    query: torch.Tensor,  # [num_rows, num_heads, head_size]
+    key_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_size]
+    value_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_size]
+    trees: TreeBatch,
+    options: AttentionOptions,
+    out: torch.Tensor,  # [num_rows, num_heads, head_size]
+) -> None:
+    """Write the attention of every tree row to `out`, request by request."""
+    group = query.shape[1] // key_cache.shape[2]
+    block_size = key_cache.shape[1]
+    for request, kv_len in enumerate(trees.seq_lens.tolist()):
+        first_row, end_row = trees.query_start_loc[request : request + 2].tolist()
+        if first_row == end_row:
+            continue
+        context_len = kv_len - (end_row - first_row)
+        positions = torch.arange(kv_len, device=query.device)
+        blocks = trees.block_table[request, positions // block_size].long()
+        # [num_heads, kv_len, head_size]
+        k = key_cache[blocks, positions % block_size].to(query.dtype).repeat_interleave(group, dim=1).transpose(0, 1)
+        v = value_cache[blocks, positions % block_size].to(query.dtype).repeat_interleave(group, dim=1).transpose(0, 1)
+        if options.k_scale is not None:
+            k = k * options.k_scale.to(k.dtype)
+        if options.v_scale is not None:
+            v = v * options.v_scale.to(v.dtype)
+        words = trees.ancestors[request, : end_row - first_row]
+        in_tree = (words[:, None] >> torch.arange(len(words), device=words.device) & 1).bool()  # [rows, rows]
+        in_context = (words != 0)[:, None].expand(-1, context_len)  # [rows, context]: padding sees nothing
+        visible = torch.cat((in_context, in_tree), dim=1)
+        if options.sliding_window > 0:
+            row_positions = context_len + in_tree.sum(dim=1) - 1
+            key_positions = torch.cat((positions[:context_len], row_positions))
+            visible &= row_positions[:, None] - key_positions < options.sliding_window
+        # [num_heads, rows, kv_len]
+        scores = options.scale * query[first_row:end_row].transpose(0, 1) @ k.transpose(1, 2)
+        if options.soft_cap > 0:
+            scores = options.soft_cap * torch.tanh(scores / options.soft_cap)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        # a row of padding has no weights: its softmax is nan
+        weights = weights.masked_fill(~visible, 0)
+        out[first_row:end_row] = (weights @ v).transpose(0, 1)
+
+
+def commit_kv(
+    caches: LayerCaches,
+    trees: TreeBatch,
+    nodes: torch.Tensor,  # [num_requests, 1 + max depth]: root, accepted nodes, then -1
+) -> None:
+    """Let slot `context + i` of every cache hold what slot `context + nodes[:, i]` held."""
+    block_size = caches.tensors[0].shape[1]
+    query_lens = trees.query_start_loc.diff()
+    steps = torch.arange(nodes.shape[1], device=nodes.device)
+    moves = (nodes > steps) & (nodes < query_lens[:, None])
+    requests, steps = moves.nonzero(as_tuple=True)
+    context_lens = (trees.seq_lens - query_lens)[requests]
+
+    def slots(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return trees.block_table[requests, positions // block_size].long(), positions % block_size
+
+    sources, targets = slots(context_lens + nodes[requests, steps]), slots(context_lens + steps)
+    for cache in caches.tensors:
+        cache[targets] = cache[sources]
+
+
+def target_tokens(
+    logits: torch.Tensor,  # [num_rows, vocab_size]
+    positions: torch.Tensor,  # [num_rows]
+    requests: torch.Tensor,  # [num_rows]: index into temperatures and seeds, -1 for padding
+    temperatures: torch.Tensor,  # [max_num_requests]
+    seeds: torch.Tensor,  # [max_num_requests]
+) -> torch.Tensor:
+    """Return the token that the target chooses after every row, [num_rows] int64."""
+    greedy = (requests < 0) | (temperatures[requests] == 0)
+    noise = _gumbel(seeds[requests], positions, logits.shape[1])
+    return (logits.float() + noise.masked_fill(greedy[:, None], 0)).argmax(dim=1)
+
+
+def verify_walk(
+    token_ids: torch.Tensor,  # [num_requests, 1 + N]
+    parents: torch.Tensor,  # [num_requests, 1 + N]
+    cu_num_logits: torch.Tensor,  # [num_requests + 1]: where a request's rows begin among the choices
+    choices: torch.Tensor,  # [num_rows]: the target's token after every row
+) -> Walk:
+    """Return the walk of every request, [num_requests, 1 + N] wide."""
+    walked_tokens = torch.full_like(token_ids, -1, dtype=torch.int64)
+    walked_nodes = torch.full_like(walked_tokens, -1)
+    for request, (first_row, end_row) in enumerate(zip(cu_num_logits[:-1].tolist(), cu_num_logits[1:], strict=True)):
+        chosen = choices[first_row:end_row]
+        drafted, parent = token_ids[request, : len(chosen)], parents[request, : len(chosen)]
+        node, depth = 0, 0
+        while node < len(chosen):
+            walked_tokens[request, depth], walked_nodes[request, depth] = chosen[node], node
+            children = ((parent == node) & (drafted == chosen[node])).nonzero()[:, 0].tolist()
+            node, depth = min(children, default=len(chosen)), depth + 1
+    return Walk(walked_tokens, walked_nodes, (walked_tokens >= 0).sum(dim=1) - 1)
+
+
+def _gumbel(
+    seeds: torch.Tensor,  # [num_rows] int64
+    positions: torch.Tensor,  # [num_rows] int64
+    vocab_size: int,
+) -> torch.Tensor:
+    """Return the noise of every row's tokens, [num_rows, vocab_size]."""
+    state = torch.zeros_like(seeds)[:, None]
+    tokens = torch.arange(vocab_size, device=seeds.device)
+    for word in (seeds[:, None], seeds[:, None] >> 32, positions[:, None], tokens):
+        mixed = _times(word, 0xCC9E2D51)
+        mixed = _times(mixed << 15 | mixed >> 17, 0x1B873593)
+        state = state ^ mixed
+        state = (_low(state << 13 | state >> 19) * 5 + 0xE6546B64) & 0xFFFFFFFF
+    state = state ^ 16
+    state = _times(state ^ (state >> 16), 0x85EBCA6B)
+    state = _times(state ^ (state >> 13), 0xC2B2AE35)
+    state = state ^ (state >> 16)
+    u = (state >> 16).float() / 2**16 + ((state & 0xFFFF).float() + 0.5) / 2**32
+    # 1 - u is 0 where u is next to 1
+    return -(-torch.log1p(-u.clamp(max=1 - 2**-24))).log()
+
+
+def _times(words: torch.Tensor, factor: int) -> torch.Tensor:
+    """Return the low 32 bits of products of 32-bit words."""
+    return _low(_low(words) * factor)
+
+
+def _low(words: torch.Tensor) -> torch.Tensor:
+    return words & 0xFFFFFFFF
