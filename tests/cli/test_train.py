@@ -61,7 +61,7 @@ def test_a_drafter_is_trained_and_evaluated(
     assert [each["name"] for each in told["data"]] == ["text.jsonl"]
     assert len(told["data"][0]["sha256"]) == 64
 
-    few = ["--num-prompts", "3", "--max-tokens", "12", "--nodes", "2", "--nodes", "8"]
+    few = ["--num-prompts", "3", "--max-tokens", "12", "--nodes", "2,8"]
     assert main(["evaluate", "--target", target, "--drafter", str(output), "--data", data, *few]) == 0
 
     found = last_line(capsys)

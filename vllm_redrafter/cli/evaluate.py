@@ -33,12 +33,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-prompts", metavar="N", type=count, default=64, help="of each source (default: 64)")
     parser.add_argument("--max-tokens", metavar="N", type=count, default=128, help="per answer (default: 128)")
     parser.add_argument(
-        "--nodes", metavar="N", type=options.node_budget, action="append", help="tree sizes (default: 4, 8, 16, 32)"
+        "--nodes",
+        metavar="N,...",
+        type=options.list_of(options.node_budget),
+        default=NODES,
+        help="tree sizes (default: 4,8,16,32)",
     )
     parser.add_argument("--beam-width", metavar="N", type=count, help="beams searched (default: the drafter's own)")
     parser.add_argument("--draft-length", metavar="N", type=count, help="tokens per beam (default: the drafter's own)")
     parser.add_argument(
-        "--temperature", metavar="X", type=options.temperature, action="append", help="(default: 0 and 1)"
+        "--temperature",
+        metavar="X,...",
+        type=options.list_of(options.temperature),
+        default=TEMPERATURES,
+        help="0 is greedy (default: 0,1)",
     )
     parser.add_argument("--chat-template", metavar="FILE", type=Path, help="Jinja template with generation spans")
     parser.add_argument("--text-separator", metavar="TEXT", help="between the documents of a text file")
@@ -118,10 +126,10 @@ def _evaluate(arguments: argparse.Namespace, progress: Progress) -> tuple[list[A
         raise ValueError(
             f"no prompt leaves room for {arguments.max_tokens} tokens within the target's {longest}: ask for fewer"
         )
-    budgets = sorted(set(arguments.nodes or NODES))
+    budgets = sorted(set(arguments.nodes))
     own = BeamShape(arguments.beam_width or config.beam_width, arguments.draft_length or config.draft_length)
     rows, documents = [], []
-    for temperature in arguments.temperature or TEMPERATURES:
+    for temperature in arguments.temperature:
         progress.say(f"the target answers {len(prompts)} prompts at temperature {temperature:g}")
         transcripts = transcribe(target, prompts, arguments.max_tokens, temperature=temperature)
         held_out = evaluation.hold_out(target, transcripts)
