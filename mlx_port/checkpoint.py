@@ -232,8 +232,8 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, mx.arra
 def _converted(array: mx.array, dtype: mx.Dtype | None, name: str, directory: Path) -> mx.array:
     if array.dtype not in _WEIGHT_DTYPES:
         raise ValueError(
-            f"tensor {name!r} in {str(directory)!r} is {array.dtype}, but weights must be float16, bfloat16 or float32: "
-            "export it unquantised, `bits` quantises it here"
+            f"tensor {name!r} in {str(directory)!r} is {array.dtype}, but weights must be float16, bfloat16 or "
+            "float32: export it unquantised, `bits` quantises it here"
         )
     converted = array if dtype is None else array.astype(dtype)
     # waits for the file: a drafter is loaded once

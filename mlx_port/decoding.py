@@ -206,7 +206,9 @@ def generate_step(
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     telemetry: Telemetry | None = None,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """Yield token, log-probabilities [vocab] and whether the token was drafted, as `mlx_lm.generate_step` does in effect.
+    """Yield tokens, each with its log-probabilities [vocab] and whether it was drafted.
+
+    They are the tokens that `mlx_lm.generate.generate_step` yields, and arguments with its names mean the same.
 
     Args:
         plan: the drafter's own by default.

@@ -97,7 +97,7 @@ class Target:
                 f"{self.name} is not supported: it keeps {', '.join(sorted(kinds))}, which cannot forget rejected "
                 "drafts; run it with mlx_lm alone"
             )
-        reasons = []
+        reasons: list[str] = []
         for mode in Mode:
             try:
                 fault, head = _fault(self.model, self.heads, mode)

@@ -93,5 +93,6 @@ def chain(token_ids: Sequence[int]) -> TokenTree:  # [1 + N]
 def attention_mask(tree: TokenTree) -> mx.array:
     """Return which node may look at which, [1 + N, 1 + N]: row i holds i's ancestors and i."""
     size = len(tree.token_ids)
-    ancestors = mx.array(tree.ancestors, mx.uint64)[:, None]
-    return (ancestors >> mx.arange(size, dtype=mx.uint64) & 1).astype(mx.bool_)
+    # node 63's bit is the sign
+    ancestors = mx.array([bits - (bits >> 63 << 64) for bits in tree.ancestors], mx.int64)
+    return (ancestors[:, None] >> mx.arange(size, dtype=mx.int64) & 1).astype(mx.bool_)
