@@ -118,7 +118,7 @@ def make_model(config: dict[str, Any], dtype: mx.Dtype = mx.float32, bits: int |
 
 
 def _spread(array: mx.array) -> mx.array:
-    if array.ndim == 1:
+    if array.ndim < 2:
         return array
     # small embeddings: a tied head would else repeat the last token for ever
     scale = 0.3 if len(array) == VOCAB else 2
