@@ -13,179 +13,24 @@ exactly the tokens that were yielded, as mlx-lm leaves its own.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 
-from mlx_port import acceptance, beam_search, cache, token_tree
-from mlx_port.beam_search import BeamShape, Candidates
-from mlx_port.cache import Caches, Rows
-from mlx_port.config import check_num_nodes
+from mlx_port import cache, token_tree
+from mlx_port.cache import Caches
+from mlx_port.calibration import Pace
 from mlx_port.drafter import ReDrafter
+from mlx_port.plan import Plan
 from mlx_port.target import Target
 from mlx_port.telemetry import Telemetry
-from mlx_port.token_tree import TokenTree
-from mlx_port.tree_forward import Mode
+from mlx_port.text import KVQuantization, LogitsProcessor, Sampler, Text, Verified
 
-Sampler = Callable[[mx.array], mx.array]
-"""Draws one token per row of log-probabilities, [rows, vocab] -> [rows]."""
-
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-"""Returns changed logits, [1, vocab], given all tokens so far, [tokens], and the logits."""
+logger = logging.getLogger(__name__)
 
 _CLEAR_EVERY = 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is drafted and verified."""
-
-    shape: BeamShape
-    """Beams to search."""
-    num_nodes: int
-    """Most tree nodes verified per step, 1..63."""
-
-    @classmethod
-    def of(
-        cls,
-        drafter: ReDrafter,
-        mode: Mode,
-        beam_width: int | None = None,
-        draft_length: int | None = None,
-        tree_budget: int | None = None,
-    ) -> Plan:
-        """Return the drafter's own plan, or what was asked for; a target of chains gets chains.
-
-        Raises:
-            ValueError: a number is out of range.
-        """
-        config = drafter.config
-        shape = BeamShape(
-            config.beam_width if beam_width is None else beam_width,
-            config.draft_length if draft_length is None else draft_length,
-        )
-        for name, value in (("beam width", shape.width), ("draft length", shape.length)):
-            if value < 1:
-                raise ValueError(f"the {name} is {value}, but it must be 1 or more")
-        num_nodes = config.num_speculative_tokens if tree_budget is None else tree_budget
-        check_num_nodes(num_nodes)
-        return cls(BeamShape(1, shape.length) if mode is Mode.CHAIN else shape, num_nodes)
-
-    @property
-    def num_candidates(self) -> int:
-        """Candidates kept per depth: a width of 1 asks for a chain, with more the runners-up count too."""
-        return self.num_nodes if self.shape.width > 1 else 1
-
-
-class KVQuantization(NamedTuple):
-    """How mlx-lm quantises a cache while it grows."""
-
-    bits: int | None = None
-    group_size: int = 64
-    start: int = 5000
-    """Tokens in the cache from which on it is quantised."""
-
-
-class _Verified(NamedTuple):
-    """A verification, evaluated."""
-
-    tree: TokenTree
-    token_ids: list[int]  # accepted tokens, then the bonus token
-    nodes: list[int]  # root, accepted nodes: token i was drawn at nodes[i]
-    log_probs: mx.array  # [1 + N, vocab]
-    candidates: tuple[list[int], list[int], list[float]]  # of the continuations of the bonus token
-    copies: list[Rows]
-
-
-class _Text:
-    """One text in the making."""
-
-    def __init__(
-        self,
-        target: Target,
-        drafter: ReDrafter,
-        plan: Plan,
-        caches: Caches,
-        quantization: KVQuantization,
-        sampler: Sampler | None,
-        processors: Sequence[LogitsProcessor],
-    ) -> None:
-        self.target, self.caches, self.quantization = target, caches, quantization
-        self.plan, self.sampler, self.processors = plan, sampler, processors
-        self.history: list[int] = []  # tokens before the root
-        self.search = _compiled_search(target, drafter, plan)
-
-    def read(self, token_ids: list[int]) -> None:
-        """Append tokens to the caches; nothing waits for it."""
-        with mx.stream(generation_stream):
-            self.target.model(mx.array(token_ids)[None], cache=self.caches)
-            self._quantize()
-        self.history += token_ids
-
-    def verify(self, tree: TokenTree) -> _Verified:
-        """Look at root and nodes, accept, and search on from there."""
-        size = len(tree.token_ids)
-        with mx.stream(generation_stream):
-            seen = self.target.look(tree, self.caches)
-            log_probs, choices = self._draw(tree, seen.logits)
-            walk = acceptance.walk(tree, choices)
-            end = walk.num_accepted
-            candidates = Candidates(*self.search(seen.hidden[walk.nodes[end]], walk.token_ids[end]))
-            copies = cache.gather(self.caches, size, walk.nodes)
-            # the one wait of a step
-            mx.eval(walk, candidates, copies)
-        count = walk.num_accepted.item() + 1
-        return _Verified(
-            tree,
-            walk.token_ids.tolist()[:count],
-            walk.nodes.tolist()[:count],
-            log_probs,
-            tuple(column.tolist() for column in candidates),
-            copies,
-        )
-
-    def commit(self, verified: _Verified, num_emitted: int) -> None:
-        """Keep the root and the nodes of the first `num_emitted` tokens; the bonus token has no node yet."""
-        nodes = verified.nodes[: 1 + num_emitted]
-        with mx.stream(generation_stream):
-            cache.commit(self.caches, len(verified.tree.token_ids), nodes, verified.copies)
-            self._quantize()
-        self.history += [verified.tree.token_ids[node] for node in nodes]
-
-    def draft(self, verified: _Verified) -> TokenTree:
-        """Return the next tree, no deeper than the target has positions."""
-        past = cache.num_cached(self.caches)
-        limits = [self.plan.shape.length]
-        if self.target.max_length is not None:
-            limits.append(max(0, self.target.max_length - 1 - past))
-        if self.quantization.bits is not None and past < self.quantization.start:
-            # the token that fills the cache up to `start` is the last that sees it unquantised
-            limits.append(self.quantization.start - 1 - past)
-        return token_tree.best_nodes(verified.token_ids[-1], *verified.candidates, self.plan.num_nodes, min(limits))
-
-    def _draw(self, tree: TokenTree, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """Return log-probabilities [1 + N, vocab] and a token of the target [1 + N] at every node."""
-        nodes = range(len(tree.token_ids))
-        if self.processors:
-            logits = mx.concatenate([self._processed(tree, node, logits[node : node + 1]) for node in nodes])
-        log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        if self.sampler is None:
-            return log_probs, mx.argmax(log_probs, axis=-1)
-        # node by node: a sampler may toss one coin per call, as XTC does
-        return log_probs, mx.concatenate([self.sampler(log_probs[node : node + 1]) for node in nodes])
-
-    def _processed(self, tree: TokenTree, node: int, logits: mx.array) -> mx.array:
-        tokens = mx.array(self.history + tree.path(node))
-        for processor in self.processors:
-            logits = processor(tokens, logits)
-        return logits
-
-    def _quantize(self) -> None:
-        quantization = self.quantization
-        maybe_quantize_kv_cache(self.caches, quantization.start, quantization.group_size, quantization.bits)
 
 
 def generate_step(
@@ -205,6 +50,7 @@ def generate_step(
     quantized_kv_start: int = 5000,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     telemetry: Telemetry | None = None,
+    pace: Pace | None = None,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Yield tokens, each with its log-probabilities [vocab] and whether it was drafted.
 
@@ -216,6 +62,7 @@ def generate_step(
         logits_processors: called for every node with the tokens up to it: they must not keep a state of their own.
         prompt_cache: of the target alone, as mlx-lm makes, saves and loads them; updated in place.
         telemetry: counters to add to.
+        pace: stops drafting, with a warning, where that turns out slower than mlx-lm alone.
 
     Raises:
         ValueError: the prompt is empty or longer than the target's context, or a number is out of range.
@@ -226,7 +73,7 @@ def generate_step(
     plan = plan or Plan.of(drafter, target.mode)
     telemetry = telemetry or Telemetry()
     quantization = KVQuantization(kv_bits, kv_group_size, quantized_kv_start)
-    text = _Text(target, drafter, plan, caches, quantization, sampler, logits_processors or ())
+    text = Text(target, drafter, plan, caches, quantization, sampler, logits_processors or ())
     report = prompt_progress_callback or (lambda done, total: None)
 
     report(0, len(token_ids))
@@ -238,7 +85,9 @@ def generate_step(
     tree = token_tree.chain(token_ids[-1:])
     num_left = max_tokens
     while True:
+        start_seconds = time.perf_counter()
         verified = text.verify(tree)
+        step_seconds = time.perf_counter() - start_seconds
         if num_left == max_tokens:
             report(len(token_ids), len(token_ids))
         _count(telemetry, verified)
@@ -258,7 +107,16 @@ def generate_step(
                 text.read(verified.token_ids[-1:])
         if telemetry.target_model_call_count % _CLEAR_EVERY == 0:
             mx.clear_cache()
+        if pace is not None and len(tree.token_ids) > 1:
+            pace.add(len(verified.token_ids), step_seconds)
+            if pace.gain is not None and pace.gain < 1:
+                logger.warning("drafting runs at %.2f times the speed of mlx-lm alone: it stops", pace.gain)
+                break
         tree = text.draft(verified)
+    for token_id, log_probs in text.undrafted(verified.token_ids[-1], num_left):
+        telemetry.target_model_call_count += 1
+        telemetry.emitted_token_count += 1
+        yield token_id, log_probs, False
 
 
 def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int) -> list[int]:
@@ -282,7 +140,7 @@ def _check_length(num_tokens: int, num_cached: int, target: Target) -> None:
         )
 
 
-def _count(telemetry: Telemetry, verified: _Verified) -> None:
+def _count(telemetry: Telemetry, verified: Verified) -> None:
     num_drafts, num_accepted = len(verified.tree.token_ids) - 1, len(verified.nodes) - 1
     telemetry.target_model_call_count += 1
     telemetry.target_verified_token_count += 1 + num_drafts
@@ -292,16 +150,3 @@ def _count(telemetry: Telemetry, verified: _Verified) -> None:
         telemetry.draft_token_count += num_drafts
         telemetry.accepted_draft_token_count += num_accepted
         telemetry.accepted_lengths.append(num_accepted)
-
-
-def _compiled_search(target: Target, drafter: ReDrafter, plan: Plan) -> Callable[[mx.array, mx.array], Any]:
-    """Return the beam search as a function of hidden state and root: compiled once, as its shapes never change."""
-    key = (id(drafter), plan)
-    if key not in target.searches:
-
-        def search(hidden: mx.array, init_id: mx.array) -> tuple[mx.array, ...]:
-            # a plain tuple: MLX knows no NamedTuple
-            return tuple(beam_search.search(drafter, target.embed, hidden, init_id, plan.shape, plan.num_candidates))
-
-        target.searches[key] = mx.compile(search)
-    return target.searches[key]

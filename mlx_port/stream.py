@@ -12,8 +12,9 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_port.decoding import Plan, generate_step
+from mlx_port.decoding import generate_step
 from mlx_port.drafter import ReDrafter
+from mlx_port.plan import Plan
 from mlx_port.target import Target
 from mlx_port.telemetry import Telemetry
 

@@ -10,7 +10,8 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_port.beam_search import BeamShape
-from mlx_port.decoding import Plan, generate_step
+from mlx_port.decoding import generate_step
+from mlx_port.plan import Plan
 from mlx_port.tree_forward import Mode
 from tests.mlx_port.tiny_models import (
     CONFIGS,

@@ -16,8 +16,9 @@ from mlx_lm.generate import generate_step as stock_generate_step
 
 from mlx_port.beam_search import BeamShape
 from mlx_port.config import ReDrafterConfig
-from mlx_port.decoding import Plan, generate_step
+from mlx_port.decoding import generate_step
 from mlx_port.drafter import ReDrafter
+from mlx_port.plan import Plan
 from mlx_port.target import Target
 from mlx_port.telemetry import Telemetry
 
