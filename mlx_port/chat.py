@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 
@@ -43,6 +44,7 @@ def _run(args: argparse.Namespace) -> None:
     pair = options.load_pair(args, args.model, {})
     if not pair.tokenizer.has_chat_template:
         raise ValueError(f"{args.model!r} has no chat template: take one that has, or `python -m mlx_port.generate`")
+    measured = options.calibration(args, pair.target)
     print(_HELP)
     prompt_cache = pair.target.make_caches(args.max_kv_size)
     is_first = True
@@ -52,7 +54,8 @@ def _run(args: argparse.Namespace) -> None:
         elif query == "r":
             prompt_cache, is_first = pair.target.make_caches(args.max_kv_size), True
         else:
-            _answer(pair, args, query, prompt_cache, is_first)
+            step_options = options.step_options(args, measured)
+            _answer(pair, args, query, is_first, prompt_cache=prompt_cache, **step_options)
             is_first = False
 
 
@@ -67,7 +70,7 @@ def _queries() -> Iterator[str]:
         yield query
 
 
-def _answer(pair: Pair, args: argparse.Namespace, query: str, prompt_cache: list[object], is_first: bool) -> None:
+def _answer(pair: Pair, args: argparse.Namespace, query: str, is_first: bool, **step_options: Any) -> None:
     """Print the answer; the conversation so far is in the caches, and then the answer too."""
     messages = [{"role": "user", "content": query}]
     if is_first and args.system_prompt is not None:
@@ -80,9 +83,8 @@ def _answer(pair: Pair, args: argparse.Namespace, query: str, prompt_cache: list
         pair.drafter,
         max_tokens=args.max_tokens,
         sampler=options.sampler(args, pair.tokenizer),
-        prompt_cache=prompt_cache,
         telemetry=telemetry,
-        **options.step_options(args),
+        **step_options,
     ):
         print(response.text, end="", flush=True)
     print(f"\n[{telemetry.mean_emitted_tokens_per_target_call:.2f} tokens per forward]")

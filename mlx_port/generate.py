@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
         sampler=options.sampler(args, tokenizer),
         prompt_cache=prompt_cache,
         telemetry=telemetry,
-        **options.step_options(args),
+        **options.step_options(args, options.calibration(args, target)),
     ):
         print(response.text, end="", flush=True)
     print()

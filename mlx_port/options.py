@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_port.calibration import Calibration, Pace, calibrate
 from mlx_port.pair import Pair, load
+from mlx_port.target import Target
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 """mlx-lm's own."""
@@ -25,7 +27,9 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-length", "--num-draft-tokens", type=int, help="tokens drafted per beam (the drafter's own)"
     )
-    parser.add_argument("--tree-budget", type=int, help="most tree nodes verified per step, 1..63 (the drafter's own)")
+    parser.add_argument(
+        "--tree-budget", type=int, help="most tree nodes verified per step, 1..63 (what is fastest here is tried out)"
+    )
     parser.add_argument("--adapter-path", help="LoRA adapter of the target")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
 
@@ -80,19 +84,27 @@ def sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx
     return drawn
 
 
-def step_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `stream_generate` that `add_pair` and `add_cache` give."""
+def calibration(args: argparse.Namespace, target: Target) -> Calibration | None:
+    """Return what forwards cost here, or None where a tree budget was given: then nothing is decided for the user."""
+    return calibrate(target) if args.tree_budget is None else None
+
+
+def step_options(args: argparse.Namespace, measured: Calibration | None) -> dict[str, Any]:
+    """Return the arguments of `stream_generate` for one text that `add_pair`, `add_cache` and a calibration give."""
+    if measured is None:
+        drafting: dict[str, Any] = {"tree_budget": args.tree_budget}
+    else:
+        drafting = {"tree_budget": measured.tree_budget, "pace": Pace(measured.baseline_seconds)}
     names = (
         "beam_width",
         "draft_length",
-        "tree_budget",
         "max_kv_size",
         "kv_bits",
         "kv_group_size",
         "quantized_kv_start",
         "prefill_step_size",
     )
-    return {name: getattr(args, name) for name in names}
+    return {**drafting, **{name: getattr(args, name) for name in names}}
 
 
 def boolean(text: str) -> bool:
