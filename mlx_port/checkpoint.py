@@ -81,6 +81,12 @@ def load_config(directory: Path) -> ReDrafterConfig:
     return formats.parse_config(_read_json(path), str(path))
 
 
+def is_drafter(directory: Path) -> bool:
+    """Return whether the `config.json` in `directory` is a drafter's."""
+    fields = _read_json(directory / _CONFIG_FILE)
+    return (fields.get("speculators_model_type") or fields.get("model_type")) in formats.MODEL_TYPES
+
+
 def resolve(model: str, revision: str | None = None) -> Path:
     """Return the local directory that holds the drafter; a Hub id is fetched, JSON and safetensors only.
 

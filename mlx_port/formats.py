@@ -29,6 +29,10 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
 }
 _OTHER_FIELDS = ("emb_norm", "trained_draft_length", "verifier_architectures")
 _TYPE_NAMES = {int: "an integer", bool: "true or false", str: "a string", NoneType: "null"}
+_APPLE_TYPE = "recurrent_drafting_drafter"
+MODEL_TYPES = ("redrafter", _APPLE_TYPE)
+"""What a drafter calls itself."""
+
 _APPLE = {"rnn": False, "top_k": 50}
 
 
@@ -43,9 +47,9 @@ def parse_config(fields: Mapping[str, Any], where: str) -> ReDrafterConfig:
     """
     kind = fields.get("speculators_model_type") or fields.get("model_type")
     values = {name: fields[name] for name in _FIELD_TYPES if name in fields}
-    if kind == "recurrent_drafting_drafter":
+    if kind == _APPLE_TYPE:
         values = _APPLE | values
-    elif kind != "redrafter":
+    elif kind not in MODEL_TYPES:
         raise ValueError(
             f'{where} says model_type {kind!r}, but a ReDrafter drafter says "redrafter" or, if it is Apple\'s, '
             '"recurrent_drafting_drafter": pass the drafter\'s directory or Hub id'
