@@ -122,7 +122,7 @@ def _can_be_quantised(_: str, module: nn.Module) -> bool:
 def _plan(width: int, length: int, mode: Mode) -> Plan:
     # as many nodes as Apple's beams had, without their shared beginnings
     nodes = min(MAX_NODES, width * (length - 1))
-    return Plan(BeamShape(1 if mode is Mode.CHAIN else width, length - 1), nodes)
+    return Plan(BeamShape(1 if mode.takes_chains_only else width, length - 1), nodes)
 
 
 def _warm_up(target: Target, drafter: ReDrafter, prompt: list[int]) -> None:

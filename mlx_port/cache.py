@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mlx_port import token_tree
 from mlx_port.token_tree import TokenTree
@@ -127,9 +127,30 @@ def unsupported(caches: Caches) -> set[str]:
     return {type(c).__name__ for c in leaves(caches) if type(c) not in (KVCache, QuantizedKVCache, RotatingKVCache)}
 
 
+def is_recurrent(caches: Caches) -> bool:
+    """Return whether some layers keep a state instead of rows, and all can go back to where they were."""
+    kinds = [type(cache) for cache in leaves(caches)]
+    has_state = any(issubclass(kind, ArraysCache) for kind in kinds)
+    return has_state and all(issubclass(kind, ArraysCache) or kind in (KVCache, QuantizedKVCache) for kind in kinds)
+
+
 def num_cached(caches: Caches) -> int:
     """Return the number of tokens that the caches have read, those that they have dropped since included."""
-    return next((cache.offset for cache in leaves(caches)), 0)
+    return next((cache.offset for cache in leaves(caches) if hasattr(cache, "offset")), 0)
+
+
+def snapshot(caches: Caches) -> list[Any]:
+    """Return where the caches stand, for `restore`; nothing is copied, as models replace states, not change them."""
+    return [list(cache.cache) if isinstance(cache, ArraysCache) else cache.offset for cache in leaves(caches)]
+
+
+def restore(caches: Caches, states: list[Any]) -> None:
+    """Put caches back to where they stood; what they have read since is forgotten."""
+    for cache, state in zip(leaves(caches), states, strict=True):
+        if isinstance(cache, ArraysCache):
+            cache.cache = list(state)
+        else:
+            cache.offset = state
 
 
 def gather(caches: Caches, num_nodes: int, nodes: mx.array) -> list[Rows]:

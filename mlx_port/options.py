@@ -30,6 +30,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tree-budget", type=int, help="most tree nodes verified per step, 1..63 (what is fastest here is tried out)"
     )
+    parser.add_argument("--recurrent", action="store_true", help="take a target with recurrent layers too")
     parser.add_argument("--adapter-path", help="LoRA adapter of the target")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
 
@@ -62,6 +63,7 @@ def load_pair(args: argparse.Namespace, model: str | None, tokenizer_config: dic
         args.drafter,
         drafter_bits=args.drafter_bits,
         drafter_group_size=args.drafter_group_size,
+        recurrent=args.recurrent,
         adapter_path=args.adapter_path,
         tokenizer_config={**tokenizer_config, "trust_remote_code": args.trust_remote_code},
     )

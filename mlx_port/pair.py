@@ -26,12 +26,14 @@ def load(
     *,
     drafter_bits: int | None = None,
     drafter_group_size: int = 64,
+    recurrent: bool = False,
     **mlx_lm_options: Any,
 ) -> Pair:
     """Return a target, its tokenizer and its drafter, each from a directory or a Hub id.
 
     Args:
         drafter_bits: 4 or 8 quantises the drafter; by default it has the target's floating-point type.
+        recurrent: whether to take targets with recurrent layers, where drafting seldom pays.
         mlx_lm_options: `mlx_lm.load`'s own, `adapter_path` and `tokenizer_config` among them.
 
     Raises:
@@ -41,7 +43,7 @@ def load(
     # a mistake in what is small is said before what is large is read
     checkpoint.load_config(checkpoint.resolve(drafter))
     stock, tokenizer = mlx_lm.load(model, **mlx_lm_options)[:2]
-    target = Target(stock)
+    target = Target(stock, recurrent)
     loaded = checkpoint.load_drafter(drafter, dtype=target.dtype, bits=drafter_bits, group_size=drafter_group_size)
     target.lend(loaded)
     return Pair(target, tokenizer, loaded)

@@ -43,7 +43,7 @@ class Plan:
                 raise ValueError(f"the {name} is {value}, but it must be 1 or more")
         num_nodes = config.num_speculative_tokens if tree_budget is None else tree_budget
         check_num_nodes(num_nodes)
-        return cls(BeamShape(1, shape.length) if mode is Mode.CHAIN else shape, num_nodes)
+        return cls(BeamShape(1, shape.length) if mode.takes_chains_only else shape, num_nodes)
 
     @property
     def num_candidates(self) -> int:

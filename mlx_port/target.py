@@ -32,11 +32,15 @@ _MISFITS = (ValueError, TypeError, RuntimeError, IndexError, AttributeError, Not
 class Target:
     """A model of mlx-lm with what drafting needs to know about it.
 
+    Args:
+        recurrent: whether to take models with recurrent layers. Of their drafts, what was accepted is read a second
+            time, which costs about a forward per step: it pays where most of a short chain is accepted.
+
     Raises:
         NotImplementedError: the model keeps something that cannot be rolled back, or reads no tree and no chain.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recurrent: bool = False) -> None:
         self.model = model
         self.name = getattr(model, "model_type", type(model).__name__)
         owners = _owners(model)
@@ -53,7 +57,7 @@ class Target:
         self.max_length = _max_length(model)
         self.searches: dict[Any, Callable[..., Any]] = {}
         """Compiled beam searches, kept here because they hold this target's embedding."""
-        self.mode, self._head = self._probe()
+        self.mode, self._head = self._probe(recurrent)
         probe = self.embed(mx.array([0]))
         self.dtype: mx.Dtype = probe.dtype
         self.vocab_size, self.hidden_size = rows, probe.shape[-1]
@@ -89,16 +93,24 @@ class Target:
         if drafter.config.tie_lm_head:
             drafter.tie_head(self._head)
 
-    def _probe(self) -> tuple[Mode, nn.Module]:
+    def _probe(self, recurrent: bool) -> tuple[Mode, nn.Module]:
         """Return the first mode in which the model reads a tree as it reads its paths, and the model's head."""
-        kinds = cache.unsupported(self.make_caches())
-        if kinds:
-            raise NotImplementedError(
-                f"{self.name} is not supported: it keeps {', '.join(sorted(kinds))}, which cannot forget rejected "
-                "drafts; run it with mlx_lm alone"
-            )
+        caches = self.make_caches()
+        modes = [Mode.TREE, Mode.ROWS, Mode.CHAIN]
+        if kinds := cache.unsupported(caches):
+            if not cache.is_recurrent(caches):
+                raise NotImplementedError(
+                    f"{self.name} is not supported: it keeps {', '.join(sorted(kinds))}, which cannot forget rejected "
+                    "drafts; run it with mlx_lm alone"
+                )
+            if not recurrent:
+                raise NotImplementedError(
+                    f"{self.name} has recurrent layers, where drafting seldom pays: "
+                    "ask for it with recurrent=True (--recurrent), or run it with mlx_lm alone"
+                )
+            modes = [Mode.REPLAY]
         reasons: list[str] = []
-        for mode in Mode:
+        for mode in modes:
             try:
                 fault, head = _fault(self.model, self.heads, mode)
             except _MISFITS as error:
@@ -120,7 +132,7 @@ _TOLERANCE = 1 / 8
 
 def _fault(model: nn.Module, heads: list[nn.Module], mode: Mode) -> tuple[str | None, nn.Module]:
     """Return what is wrong with a model's reading of a small tree in a mode, or None, and its head."""
-    tree = token_tree.chain(_TREE.path(2)) if mode is Mode.CHAIN else _TREE
+    tree = token_tree.chain(_TREE.path(2)) if mode.takes_chains_only else _TREE
     leaves = sorted(set(range(len(tree.token_ids))) - set(tree.parents))
     alone = [_read(model, heads, token_ids) for token_ids in map(tree.path, leaves)]
     as_text = _read(model, heads, tree.token_ids)
@@ -133,7 +145,7 @@ def _fault(model: nn.Module, heads: list[nn.Module], mode: Mode) -> tuple[str | 
     expected = mx.stack([_of(tree, node, leaves, alone) for node in range(len(tree.token_ids))])
     error = float(mx.abs(seen.logits.astype(mx.float32) - expected).max())
     scale = float(mx.abs(as_text - expected).max())
-    if mode is Mode.CHAIN:
+    if mode.takes_chains_only:
         scale = float(mx.abs(expected).max())
     # not "error > ...": NaN is a fault too
     if not error <= _TOLERANCE * scale:

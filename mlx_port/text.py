@@ -17,6 +17,7 @@ from mlx_port.drafter import ReDrafter
 from mlx_port.plan import Plan
 from mlx_port.target import Target
 from mlx_port.token_tree import TokenTree
+from mlx_port.tree_forward import Mode
 
 Sampler = Callable[[mx.array], mx.array]
 """Draws one token per row of log-probabilities, [rows, vocab] -> [rows]."""
@@ -61,6 +62,7 @@ class Text:
         self.target, self.caches, self.quantization = target, caches, quantization
         self.plan, self.sampler, self.processors = plan, sampler, processors
         self.history: list[int] = []  # tokens before the root
+        self.states: list[Any] = []  # of recurrent layers, before the tree
         self.search = _compiled_search(target, drafter, plan)
 
     def read(self, token_ids: list[int]) -> None:
@@ -73,13 +75,15 @@ class Text:
     def verify(self, tree: TokenTree) -> Verified:
         """Look at root and nodes, accept, and search on from there."""
         size = len(tree.token_ids)
+        if self.target.mode is Mode.REPLAY:
+            self.states = cache.snapshot(self.caches)
         with mx.stream(generation_stream):
             seen = self.target.look(tree, self.caches)
             log_probs, choices = self._draw(tree, seen.logits)
             walk = acceptance.walk(tree, choices)
             end = walk.num_accepted
             candidates = Candidates(*self.search(seen.hidden[walk.nodes[end]], walk.token_ids[end]))
-            copies = cache.gather(self.caches, size, walk.nodes)
+            copies = [] if self.target.mode is Mode.REPLAY else cache.gather(self.caches, size, walk.nodes)
             # the one wait of a step
             mx.eval(walk, candidates, copies)
         count = walk.num_accepted.item() + 1
@@ -95,10 +99,16 @@ class Text:
     def commit(self, verified: Verified, num_emitted: int) -> None:
         """Keep the root and the nodes of the first `num_emitted` tokens; the bonus token has no node yet."""
         nodes = verified.nodes[: 1 + num_emitted]
+        token_ids, size = [verified.tree.token_ids[node] for node in nodes], len(verified.tree.token_ids)
         with mx.stream(generation_stream):
-            cache.commit(self.caches, len(verified.tree.token_ids), nodes, verified.copies)
+            if self.target.mode is not Mode.REPLAY:
+                cache.commit(self.caches, size, nodes, verified.copies)
+            elif len(nodes) < size:
+                cache.restore(self.caches, self.states)
+                # nothing waits for it: it becomes a part of the next step's graph
+                self.target.model(mx.array(token_ids)[None], cache=self.caches)
             self._quantize()
-        self.history += [verified.tree.token_ids[node] for node in nodes]
+        self.history += token_ids
 
     def undrafted(self, root: int, max_tokens: int) -> Iterator[tuple[int, mx.array]]:
         """Yield tokens and log-probabilities behind the root as mlx-lm alone decodes them."""

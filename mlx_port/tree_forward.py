@@ -31,6 +31,13 @@ class Mode(Enum):
     """A batch of nodes: attention reads the context once per node."""
     CHAIN = "chain"
     """Trees of one path only, as a text."""
+    REPLAY = "replay"
+    """The same, and what was accepted of it is read again: for layers whose state cannot be cut short."""
+
+    @property
+    def takes_chains_only(self) -> bool:
+        """Whether a tree must be one path."""
+        return self in (Mode.CHAIN, Mode.REPLAY)
 
 
 class Seen(NamedTuple):
@@ -49,7 +56,7 @@ def forward(model: nn.Module, heads: Sequence[nn.Module], tree: TokenTree, cache
         heads: the layers of the model that may be its head.
     """
     token_ids = mx.array(tree.token_ids)
-    if len(tree.token_ids) == 1 or mode is Mode.CHAIN:
+    if len(tree.token_ids) == 1 or mode.takes_chains_only:
         return _forward(model, heads, token_ids[None], caches)
     layout = Layout(tree, cache.num_cached(caches))
     if mode is Mode.ROWS:
