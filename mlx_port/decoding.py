@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 
 import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_port import cache, token_tree
 from mlx_port.cache import Caches
@@ -70,7 +71,16 @@ def generate_step(
     token_ids = _check(prompt, max_tokens, prefill_step_size)
     caches = target.make_caches(max_kv_size) if prompt_cache is None else prompt_cache
     _check_length(len(token_ids), cache.num_cached(caches), target)
+    if kv_bits is not None and any(isinstance(layer, RotatingKVCache) for layer in caches):
+        raise ValueError(
+            f"kv_bits is {kv_bits}, but mlx-lm does not quantise rotating caches, which sliding windows and "
+            "max_kv_size need: leave it out"
+        )
     plan = plan or Plan.of(drafter, target.mode)
+    if target.mode.takes_chains_only and plan.shape.width > 1:
+        raise ValueError(
+            f"the beam width is {plan.shape.width}, but the {target.name} target decodes chains only: make it 1"
+        )
     telemetry = telemetry or Telemetry()
     quantization = KVQuantization(kv_bits, kv_group_size, quantized_kv_start)
     text = Text(target, drafter, plan, caches, quantization, sampler, logits_processors or ())

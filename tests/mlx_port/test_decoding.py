@@ -231,6 +231,7 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
     [
         ([], {}, "at least 1 token"),
         (PROMPT, {"max_tokens": 0}, "max_tokens is 0, but it must be 1 or more, or -1"),
+        (PROMPT, {"kv_bits": 8, "max_kv_size": 16}, "kv_bits is 8, but mlx-lm does not quantise rotating caches"),
         (PROMPT, {"prefill_step_size": 0}, "prefill_step_size is 0, but it must be 1 or more"),
     ],
 )

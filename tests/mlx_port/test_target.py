@@ -51,6 +51,13 @@ def test_a_model_that_gets_trees_silently_wrong_decodes_chains(caplog: pytest.Lo
     assert telemetry.draft_token_count == 4 * telemetry.round_count
 
 
+def test_a_wide_plan_is_refused_where_only_chains_are_decoded() -> None:
+    target = Target(make_model(AFM7))
+
+    with pytest.raises(ValueError, match="the beam width is 2, but the afm7 target decodes chains only: make it 1"):
+        drafted(target, PROMPT, 4, drafter=make_drafter(vocab_size=64), plan=make_plan(2, 2, 4))
+
+
 def test_a_rope_that_takes_no_array_of_offsets_decodes_chains() -> None:
     target = Target(make_model(DYNAMIC))
 
