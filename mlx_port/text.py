@@ -164,7 +164,10 @@ def _behind(history: mx.array, processor: LogitsProcessor, tokens: mx.array, log
 
 
 def _compiled_search(target: Target, drafter: ReDrafter, plan: Plan) -> Callable[[mx.array, mx.array], Any]:
-    """Return the beam search as a function of hidden state and root: compiled once, as its shapes never change."""
+    """Return the beam search as a function of hidden state and root: its shapes never change, so one compilation does.
+
+    On the CPU it runs as it is: there MLX writes C++ for g++, which takes seconds, and what 0.29 writes crashes.
+    """
     key = (id(drafter), plan)
     if key not in target.searches:
 
@@ -172,5 +175,5 @@ def _compiled_search(target: Target, drafter: ReDrafter, plan: Plan) -> Callable
             # a plain tuple: MLX knows no NamedTuple
             return tuple(beam_search.search(drafter, target.embed, hidden, init_id, plan.shape, plan.num_candidates))
 
-        target.searches[key] = mx.compile(search)
+        target.searches[key] = mx.compile(search) if mx.default_device().type == mx.gpu else search
     return target.searches[key]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
@@ -72,6 +73,7 @@ def test_candidates_of_the_example_pair_are_those_of_torch() -> None:
     _assert_same(*_search_both(twins, hidden, 17, (4, 4), 8))
 
 
+@pytest.mark.skipif(metadata.version("mlx").startswith("0.29."), reason="what mlx 0.29 compiles for CPUs crashes")
 def test_a_compiled_search_finds_the_same() -> None:
     drafter, table = make_drafter(), mx.random.normal((11, 64), key=mx.random.key(1))
 

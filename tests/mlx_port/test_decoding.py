@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_port.beam_search import BeamShape
 from mlx_port.decoding import generate_step
 from mlx_port.plan import Plan
+from mlx_port.target import Target
 from mlx_port.tree_forward import Mode
 from tests.mlx_port.tiny_models import (
     CONFIGS,
@@ -260,6 +262,18 @@ def test_a_plan_is_the_drafters_own_unless_told_otherwise() -> None:
     assert Plan.of(drafter, Mode.TREE) == Plan(BeamShape(4, 4), 8)
     assert Plan.of(drafter, Mode.TREE, beam_width=2, tree_budget=5) == Plan(BeamShape(2, 4), 5)
     assert Plan.of(drafter, Mode.CHAIN) == Plan(BeamShape(1, 4), 8)
+
+
+def test_the_search_is_compiled_once_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(make_model(CONFIGS["llama"]))
+    compiled: list[object] = []
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.gpu))
+    monkeypatch.setattr(mx, "compile", lambda function: compiled.append(function) or function)
+
+    for _ in range(2):
+        drafted(target, PROMPT, 10)
+
+    assert len(compiled) == 1
 
 
 @pytest.fixture
