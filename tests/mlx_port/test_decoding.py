@@ -21,6 +21,7 @@ from tests.mlx_port.tiny_models import (
     alone,
     drafted,
     make_drafter,
+    make_model,
     make_plan,
     make_target,
 )
