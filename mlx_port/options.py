@@ -28,7 +28,9 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
         "--draft-length", "--num-draft-tokens", type=int, help="tokens drafted per beam (the drafter's own)"
     )
     parser.add_argument(
-        "--tree-budget", type=int, help="most tree nodes verified per step, 1..63 (what is fastest here is tried out)"
+        "--tree-budget",
+        type=int,
+        help="most tree nodes verified per step, 1..63 (tried out; the drafter's own with --seed and --temp)",
     )
     parser.add_argument("--recurrent", action="store_true", help="take a target with recurrent layers too")
     parser.add_argument("--adapter-path", help="LoRA adapter of the target")
@@ -87,8 +89,13 @@ def sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx
 
 
 def calibration(args: argparse.Namespace, target: Target) -> Calibration | None:
-    """Return what forwards cost here, or None where a tree budget was given: then nothing is decided for the user."""
-    return calibrate(target) if args.tree_budget is None else None
+    """Return what forwards cost here, or None where nothing may hang on that.
+
+    That is where a tree budget was given, and where a seed asks for the same sampled text again: which random numbers
+    are drawn depends on the tree.
+    """
+    is_seeded = args.seed is not None and args.temp > 0
+    return None if is_seeded or args.tree_budget is not None else calibrate(target)
 
 
 def step_options(args: argparse.Namespace, measured: Calibration | None) -> dict[str, Any]:
