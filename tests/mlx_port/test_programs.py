@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate as stock_generate
+from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+
+from mlx_port import chat, generate
+from tests.mlx_port.test_stream import PROMPTS, make_pair
+from tests.mlx_port.twins import EXAMPLE, save_random
+
+ROOT = EXAMPLE.parents[1]
+PAIR = ["--model", str(EXAMPLE / "target"), "--drafter", str(EXAMPLE / "drafter")]
+
+
+def _generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    status = generate.main([*PAIR, "--max-tokens", "12", "--ignore-chat-template", *arguments])
+    assert status == 0
+    return capsys.readouterr().out
+
+
+def test_generate_prints_the_text_and_its_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _generate(capsys, "--prompt", PROMPTS[0]).split("=" * 10 + "\n")
+
+    assert lines[0].strip()
+    assert [line.partition(":")[0] for line in lines[1].splitlines()] == [
+        "Prompt",
+        "Generation",
+        "Peak memory",
+        "Drafting",
+    ]
+
+
+def test_generate_without_verbose_prints_what_mlx_lm_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    pair = make_pair()
+    pair.target.model.set_dtype(mx.bfloat16)
+    expected = stock_generate(pair.target.model, pair.tokenizer, PROMPTS[0], max_tokens=12)
+    pair.target.model.set_dtype(mx.float32)
+
+    assert _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F") == expected + "\n"
+
+
+def test_mlx_lms_names_for_drafting_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F")
+
+    status = generate.main(
+        [
+            *("--model", str(EXAMPLE / "target"), "--draft-model", str(EXAMPLE / "drafter"), "--num-draft-tokens", "2"),
+            *("-m", "12", "--ignore-chat-template", "-p", PROMPTS[0], "--verbose", "F"),
+        ]
+    )
+
+    assert status == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_the_prompt_may_come_from_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPTS[0]))
+
+    assert _generate(capsys, "--prompt", "-", "--verbose", "F") == plain
+
+
+def test_a_seed_repeats_a_sampled_text(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--prompt", PROMPTS[0], "--temp", "1", "--top-p", "0.9", "--seed", "3", "--verbose", "F")
+
+    assert _generate(capsys, *arguments) == _generate(capsys, *arguments)
+
+
+def test_a_saved_prompt_cache_is_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pair = make_pair()
+    token_ids = pair.tokenizer.encode(PROMPTS[0])
+    caches = make_prompt_cache(pair.target.model)
+    pair.target.model.set_dtype(mx.bfloat16)
+    pair.target.model(mx.array(token_ids[:5])[None], cache=caches)
+    pair.target.model.set_dtype(mx.float32)
+    file = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(file, caches, {"model": str(EXAMPLE / "target"), "tokenizer_config": "{}"})
+    whole = _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F")
+    rest = pair.tokenizer.decode(token_ids[5:])
+
+    assert _generate(capsys, "--prompt", rest, "--prompt-cache-file", file, "--verbose", "F") == whole
+    other = generate.main(["--model", "other", "--drafter", "d", "--prompt-cache-file", file])
+    assert other == 1
+    assert "--model is 'other', but the prompt cache was made with" in capsys.readouterr().err
+
+
+def test_what_the_user_got_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cases = {
+        "the tree budget is 99, but it must lie between 1 and 63": [*PAIR, "--tree-budget", "99"],
+        "does not fit this llama target": [*PAIR[:2], "--drafter", str(save_random(tmp_path / "other"))],
+        "no config.json in": [*PAIR[:2], "--drafter", str(tmp_path)],
+        "in groups of 7": [*PAIR, "--drafter-bits", "4", "--drafter-group-size", "7"],
+        "no prompt cache at": [*PAIR, "--prompt-cache-file", str(tmp_path / "none")],
+    }
+    for message, arguments in cases.items():
+        assert generate.main(arguments) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.startswith("error: ")
+        assert len(captured.err.splitlines()) == 1
+
+
+def test_chat_remembers_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for lines in (["What is a list?", "And a tuple?"], ["What is a list?", "r", "And a tuple?"]):
+        inputs = iter([*lines, "h", "q"])
+        monkeypatch.setattr("builtins.input", lambda prompt, inputs=inputs: next(inputs))
+        assert chat.main([*PAIR, "--max-tokens", "10"]) == 0
+        answers.append([part for part in capsys.readouterr().out.splitlines() if part])
+
+    assert answers[0][0] == "q leaves, r starts afresh, h says this"
+    assert answers[0][1] == answers[1][1]
+    assert answers[0] != answers[1]
+
+
+def test_chat_needs_a_template(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_lm.tokenizer_utils.TokenizerWrapper.has_chat_template", False, raising=False)
+    pair = make_pair()
+    monkeypatch.setattr(chat.options, "load_pair", lambda *_: pair)
+    pair.tokenizer.has_chat_template = False
+
+    assert chat.main(PAIR) == 1
+    pair.tokenizer.has_chat_template = True
+    assert "has no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("mlx_lm", "mlx_port needs mlx and mlx-lm: pip install 'vllm-redrafter[mlx]'"),
+        ("mlx.core", "mlx has no backend here (libmlx.so: cannot open shared object file): on Linux it comes with an"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(broken: str, message: str, tmp_path: Path) -> None:
+    package = tmp_path / broken.partition(".")[0]
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if broken == "mlx.core":
+        # what mlx does on Linux without an extra
+        (package / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    script = "import importlib.util as u; find = u.find_spec\n"
+    if broken == "mlx_lm":
+        script += "u.find_spec = lambda name: None if name == 'mlx_lm' else find(name)\n"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path if broken == 'mlx.core' else ''}:{ROOT}"}
+
+    result = subprocess.run(
+        [sys.executable, "-c", script + "import mlx_port"], capture_output=True, text=True, env=environment
+    )
+
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"ImportError: {message}")
+
+
+def test_the_port_imports_no_torch_and_nothing_of_vllm_redrafter() -> None:
+    script = "import sys, mlx_port.chat, mlx_port.generate; print({'vllm', 'vllm_redrafter'} & set(sys.modules))"
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+
+    assert result.stdout == "set()\n"
