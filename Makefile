@@ -7,13 +7,14 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(CHECK)' 2>/dev/
 PYTEST_ARGS ?=
 
 VENV := .venv
-BOOTSTRAP = $(PYTHON) vllm_redrafter/bootstrap.py $(VENV)
+MLX_VENV := .venv-mlx
+BOOTSTRAP = $(PYTHON) vllm_redrafter/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-mlx lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.ready  ## the same text with and without the drafter, and how much faster
 	@$(VENV)/bin/vllm-redrafter demo
@@ -21,22 +22,29 @@ demo: $(VENV)/.ready  ## the same text with and without the drafter, and how muc
 test: $(VENV)/.ready-dev  ## the test suite; PYTEST_ARGS="-k tree" narrows it
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+test-mlx: $(MLX_VENV)/.ready  ## the tests of mlx_port, in an environment with MLX
+	@MPLBACKEND=agg $(MLX_VENV)/bin/python -m pytest tests/mlx_port $(PYTEST_ARGS)
+
 lint: $(VENV)/.ready-dev  ## ruff, mypy and the direction of imports
 	@$(VENV)/bin/python -m ruff check
 	@$(VENV)/bin/python -m mypy
 	@$(VENV)/bin/lint-imports
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MLX_VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
 	@$(or $(PYTHON),false) -c '$(CHECK)' 2>/dev/null || { \
 	  echo "error: no Python from 3.11 to 3.14 that can make environments: apt install python3 python3-venv" >&2; \
 	  exit 1; }
-	@$(BOOTSTRAP) --extra cpu
+	@$(BOOTSTRAP) $(VENV) --extra cpu
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	@$(BOOTSTRAP) --group dev
+	@$(BOOTSTRAP) $(VENV) --group dev
+	@touch $@
+
+$(MLX_VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
+	@$(BOOTSTRAP) $(MLX_VENV) --group mlx
 	@touch $@

@@ -6,7 +6,6 @@ users run it, which prepares a token while the one before is computed. Apple's o
 the `ours` of the first file. Ends of texts are ignored, so that every run has the same number of tokens.
 """
 
-# ruff: noqa: T201 (a program)
 from __future__ import annotations
 
 import argparse

@@ -1,6 +1,5 @@
 """A conversation in the terminal: `python -m mlx_port.chat --model M --drafter D`."""
 
-# ruff: noqa: T201 (a program)
 from __future__ import annotations
 
 import argparse

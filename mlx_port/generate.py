@@ -1,6 +1,5 @@
 """`mlx_lm.generate` with a drafter: `python -m mlx_port.generate --help`."""
 
-# ruff: noqa: T201 (a program)
 from __future__ import annotations
 
 import argparse
