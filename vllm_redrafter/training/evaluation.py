@@ -53,10 +53,10 @@ class Acceptance(NamedTuple):
 
 def hold_out(target: FrozenTarget, transcripts: Sequence[Transcript]) -> HeldOut:
     """Return transcripts with the target's view of them."""
-    writings = [
-        Writing(each.token_ids, target.hidden(each.token_ids), each.num_prompt_tokens, each.source)
-        for each in transcripts
-    ]
+    writings = []
+    for each in transcripts:
+        token_ids = each.token_ids.to(target.device)
+        writings.append(Writing(token_ids, target.hidden(token_ids), each.num_prompt_tokens, each.source))
     return HeldOut(writings, target.embed)
 
 

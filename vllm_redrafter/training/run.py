@@ -126,14 +126,15 @@ def train(
     if resume and last is None:
         raise ValueError(f"there is no checkpoint in {str(checkpoints)!r} to resume from: train without --resume")
     train_documents, held_out_documents = split(documents)
+    answer_length = min(_ANSWER_LENGTH, recipe.max_length // 2)
+    prompts = openings(held_out_documents, recipe.max_length - answer_length)
+    arguments = training_arguments(recipe, checkpoints, evaluates=bool(prompts))
+    # before a drafter borrows its head
+    target.to(arguments.device)
     vocabulary = None
     if recipe.draft_vocab_size is not None:
         vocabulary = choose_draft_vocabulary(train_documents, recipe.draft_vocab_size, target.vocab_size)
     drafter = build_drafter(target, recipe, vocabulary, verifier)
-    answer_length = min(_ANSWER_LENGTH, recipe.max_length // 2)
-    prompts = openings(held_out_documents, recipe.max_length - answer_length)
-    arguments = training_arguments(recipe, checkpoints, evaluates=bool(prompts))
-    target.to(arguments.device)
     held_out = hold_out(target, transcribe(target, prompts, answer_length)) if prompts else None
     stop = StopOnSignal()
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
