@@ -23,8 +23,8 @@ PROVENANCE = {
 EVALUATION = {
     "offsets": [{"offset": 1, "top1": 0.7251, "topk": 0.91, "k": 5}, {"offset": 2, "top1": 0.5, "topk": 0.8, "k": 5}],
     "acceptance": [
-        {"source": "all", "temperature": 0.0, "num_nodes": 8, "mean_acceptance_length": 2.904},
-        {"source": "code|chat", "temperature": 1.0, "num_nodes": 16, "mean_acceptance_length": 1.9},
+        {"source": "all", "temperature": 0.0, "beam_width": 4, "num_nodes": 8, "mean_acceptance_length": 2.904},
+        {"source": "code|chat", "temperature": 1.0, "beam_width": 1, "num_nodes": 16, "mean_acceptance_length": 1.9},
     ],
 }
 
@@ -70,8 +70,8 @@ def test_everything_that_was_recorded_and_measured_is_on_the_card(tmp_path: Path
     assert "0.72M parameters: an RNN, 2 residual blocks of 8, its own head over 7 of 12 tokens." in text
     assert "| 1 | 0.725 | 0.910 (k = 5) |" in lines
     assert "| 2 | 0.500 | 0.800 (k = 5) |" in lines
-    assert "| all | 0 | 8 | 2.90 |" in lines
-    assert r"| code\|chat | 1 | 16 | 1.90 |" in lines
+    assert "| all | 0 | tree of 8 | 2.90 |" in lines
+    assert r"| code\|chat | 1 | chain of 16 | 1.90 |" in lines
     assert f"| `chats.jsonl` | `{'ab' * 32}` |" in lines
     assert "| `written by the target` | – |" in lines
     assert PROVENANCE["command"] in lines
@@ -126,7 +126,17 @@ def test_what_is_not_known_is_called_unknown(tmp_path: Path) -> None:
         (None, {"offsets": [{"offset": 1}]}, r"offsets\[0\] in '.*evaluation.json' lacks top1, topk, k: correct"),
         (
             None,
-            {"acceptance": [{"source": "all", "temperature": 0, "num_nodes": 8, "mean_acceptance_length": "high"}]},
+            {
+                "acceptance": [
+                    {
+                        "source": "all",
+                        "temperature": 0,
+                        "beam_width": 4,
+                        "num_nodes": 8,
+                        "mean_acceptance_length": "high",
+                    }
+                ]
+            },
             r"acceptance\[0\].mean_acceptance_length in '.*evaluation.json' is 'high', but it must be a number",
         ),
     ],

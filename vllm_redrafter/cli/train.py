@@ -79,6 +79,7 @@ def _add_run(group: Any) -> None:
     _add(
         group, "report-to", metavar="WHERE", action="append", choices=("tensorboard", "wandb"), help="figures go there"
     )
+    _add(group, "licence", metavar="ID", help="of the drafter, told on its card")
     _add(group, "chat-template", metavar="FILE", type=Path, help="Jinja template with generation spans")
     _add(group, "text-separator", metavar="TEXT", help="between the documents of a text file (<|endoftext|>)")
     group.add_argument(
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.output,
             recipe,
             verifier=target_name,
-            record=record | {"target_revision": arguments.target_revision},
+            record=record | {"target_revision": arguments.target_revision, "licence": arguments.licence},
             resume=arguments.resume,
             callbacks=[TrainingProgress(progress)],
         )

@@ -5,7 +5,7 @@ Both are optional: what was not recorded or not measured is called that.
 
 - `provenance.json`: `command`, `versions`, `data` (a list of `name`, `sha256`), `target`, `target_revision`, `licence`.
 - `evaluation.json`: `offsets` (a list of `offset`, `top1`, `topk`, `k`) and `acceptance` (a list of `source`,
-  `temperature`, `num_nodes`, `mean_acceptance_length`).
+  `temperature`, `beam_width`, `num_nodes`, `mean_acceptance_length`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_redrafter.core.weights import read_json
 PROVENANCE_FILE = "provenance.json"
 EVALUATION_FILE = "evaluation.json"
 _OFFSET_KEYS = ("offset", "top1", "topk", "k")
-_ACCEPTANCE_KEYS = ("source", "temperature", "num_nodes", "mean_acceptance_length")
+_ACCEPTANCE_KEYS = ("source", "temperature", "beam_width", "num_nodes", "mean_acceptance_length")
 
 
 def render(directory: Path, repository: str, config: ReDrafterConfig, num_parameters: int) -> str:
@@ -127,11 +127,16 @@ def _acceptance(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "Not measured."
     cells = [
-        (row["source"], f"{row['temperature']:g}", row["num_nodes"], f"{row['mean_acceptance_length']:.2f}")
+        (
+            row["source"],
+            f"{row['temperature']:g}",
+            f"{'chain' if row['beam_width'] == 1 else 'tree'} of {row['num_nodes']}",
+            f"{row['mean_acceptance_length']:.2f}",
+        )
         for row in rows
     ]
     return "Mean acceptance length: tokens per step of the target, 1 without a drafter.\n\n" + _table(
-        ("source", "temperature", "nodes", "tokens per step"), cells
+        ("source", "temperature", "drafts", "tokens per step"), cells
     )
 
 
