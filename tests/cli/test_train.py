@@ -70,6 +70,18 @@ def test_a_drafter_is_trained_and_evaluated(
     seen = {(row["source"], row["temperature"], row["beam_width"], row["num_nodes"]) for row in written["acceptance"]}
     assert {("all", 0.0, 4, 8), ("odd", 1.0, 4, 2), ("even", 0.0, 1, 2)} <= seen
     assert [row["offset"] for row in written["offsets"]] == [1, 2, 3, 4, 5]
+    (largest,) = (
+        row["mean_acceptance_length"]
+        for row in written["acceptance"]
+        if (row["source"], row["temperature"], row["beam_width"], row["num_nodes"]) == ("all", 0.0, 4, 8)
+    )
+    assert (found["num_nodes"], found["mean_acceptance_length"]) == (8, largest)
+
+    chain = ["--beam-width", "1", "--temperature", "0", "--output", str(tmp_path / "chain.json")]
+    assert main(["evaluate", "--target", target, "--drafter", str(output), "--data", data, *few, *chain]) == 0
+
+    assert {row["beam_width"] for row in last_line(capsys)["acceptance"]} == {1}
+    assert json.loads((output / "evaluation.json").read_text()) == written
 
 
 def test_an_output_that_is_not_empty_is_not_overwritten_by_accident(

@@ -84,8 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(_render_acceptance(rows))
     print()
     print(_render_accuracies(offsets))
-    own = next(row for row in rows if row.beam_width > 1 or len(rows) == 1)
-    print(json.dumps({"mean_acceptance_length": own.mean_acceptance_length, **told}))
+    # the first temperature comes first, and of it the drafter's own beams; their largest tree is the last of those
+    first = rows[0]
+    largest = next(row for row in rows if row.num_nodes == max(arguments.nodes) and row.source == first.source)
+    summary = {"mean_acceptance_length": largest.mean_acceptance_length, "num_nodes": largest.num_nodes}
+    print(json.dumps(summary | told))
     return 0
 
 
