@@ -25,7 +25,7 @@ import mlx_lm
 from mlx import nn
 from mlx_lm.generate import generate_step as stock_generate_step
 
-from mlx_port import surface
+from mlx_port import options, surface
 from mlx_port.beam_search import BeamShape
 from mlx_port.checkpoint import load_drafter
 from mlx_port.config import MAX_NODES
@@ -43,13 +43,7 @@ _GROUP_SIZE = 64
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    args = _make_parser().parse_args(arguments)
-    try:
-        _run(args)
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return options.run(_make_parser(), _run, arguments)
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -19,13 +19,7 @@ _HELP = "q leaves, r starts afresh, h says this"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    args = _make_parser().parse_args(arguments)
-    try:
-        _run(args)
-    except (ValueError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return options.run(_make_parser(), _run, arguments)
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,19 @@ from mlx_port.target import Target
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 """mlx-lm's own."""
+
+
+def run(
+    parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], None], arguments: list[str] | None
+) -> int:
+    """Run a program with its arguments and return its exit status; what a user got wrong is one line on stderr."""
+    args = parser.parse_args(arguments)
+    try:
+        program(args)
+    except (ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
