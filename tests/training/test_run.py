@@ -140,6 +140,16 @@ def test_a_tied_drafter_has_no_head_of_its_own() -> None:
     assert all(parameter.shape != (VOCAB, HIDDEN) for parameter in drafter.parameters())
 
 
+def test_what_is_left_open_is_chosen_for_the_target_and_the_data() -> None:
+    small = Recipe(max_length=512).settled(hidden_size=400, num_tokens=1_000_000)
+    large = Recipe(max_length=2048).settled(hidden_size=4096, num_tokens=100_000_000)
+    given = Recipe(learning_rate=0.1, batch_size=3, epochs=0.5).settled(hidden_size=400, num_tokens=1_000_000)
+
+    assert (small.learning_rate, small.batch_size, small.epochs) == (pytest.approx(0.003), 2, 8)
+    assert (large.learning_rate, large.batch_size, large.epochs) == (pytest.approx(0.06 / 64), 1, 3)
+    assert (given.learning_rate, given.batch_size, given.epochs) == (0.1, 3, 0.5)
+
+
 def test_what_a_user_gives_replaces_the_defaults_and_fits_the_target() -> None:
     target = make_target()
 
@@ -170,6 +180,31 @@ def test_figures_go_to_tensorboard_where_that_is_asked_for(tmp_path: Path, token
     written = events.EventAccumulator(str(file)).Reload()
     told = set(written.Tags()["scalars"])
     assert {"train/loss", "train/loss_offset_5", "train/top1_offset_1", "eval/acceptance_length"} <= told
+
+
+def test_figures_go_to_wandb_offline_where_that_is_asked_for(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+
+    train(make_documents(*[20, 14, 30, 9] * 6), tmp_path / "drafter", tokenizer, Recipe(**FAST, report_to=("wandb",)))
+
+    told = dict(wandb.run.summary)
+    wandb.finish()
+    assert {"train/loss", "train/loss_offset_5", "train/top1_offset_1", "eval/acceptance_length"} <= told.keys()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_the_data_is_told_by_its_tokens_wherever_it_comes_from() -> None:
+    documents = make_documents(20, 14)
+
+    assert run.digest_documents(documents) == run.digest_documents(make_documents(20, 14))
+    assert run.digest_documents(documents) != run.digest_documents(documents[::-1])
+    assert run.digest_documents(documents) != run.digest_documents(
+        [d._replace(is_target=~d.is_target) for d in documents]
+    )
 
 
 def test_a_drafter_is_not_lost_to_a_seed_elsewhere() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from tests.training.small import make_documents, make_drafter, make_target
+from tests.training.small import HIDDEN, make_documents, make_drafter, make_target
 from vllm_redrafter.core import checkpoint
 from vllm_redrafter.core.drafter import ReDrafter
 from vllm_redrafter.training.evaluation import HeldOut, hold_out
@@ -35,7 +35,11 @@ def make_arguments(output: Path, **changes: Any) -> TrainingArguments:
         "learning_rate": 1e-2,
         "warmup": 0.0,
     }
-    return training_arguments(Recipe(**(fields | changes)), output, evaluates=False)
+    return training_arguments(settled(**(fields | changes)), output, evaluates=False)
+
+
+def settled(**fields: Any) -> Recipe:
+    return Recipe(**fields).settled(hidden_size=HIDDEN, num_tokens=100)
 
 
 def make_trainer(
@@ -178,7 +182,7 @@ def test_a_loss_that_is_not_a_number_stops_the_training_before_it_spoils_the_wei
 def test_the_drafter_with_the_longest_acceptance_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, drafter = make_target(), make_drafter()
     held_out = hold_out(target, [Transcript(make_documents(20)[0].token_ids, 4, "test")])
-    recipe = Recipe(max_steps=8, batch_size=4, num_evaluations=4, bf16=False, learning_rate=1e-2)
+    recipe = settled(max_steps=8, batch_size=4, num_evaluations=4, bf16=False, learning_rate=1e-2)
     rollout = Rollout(drafter, target, Objective(num_offsets=3))
     trainer = ReDrafterTrainer(rollout, training_arguments(recipe, tmp_path, evaluates=True), SEQUENCES, held_out)
     lengths, states = iter([1.2, 1.9, 1.4, 1.3]), []

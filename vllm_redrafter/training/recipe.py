@@ -16,6 +16,11 @@ from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
 from vllm_redrafter.training.rollout import Objective
 from vllm_redrafter.training.target import FrozenTarget
 
+_TOKENS_PER_BATCH = 1024
+"""Small steps, many of them: the same tokens in larger ones leave a worse drafter."""
+_EPOCHS = 3.0
+_FEWEST_TOKENS = 8_000_000
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,12 +38,14 @@ class Recipe:
     num_speculative_tokens: int = 8
     max_length: int = 2048
     """Tokens of a packed sequence, and the most of a document."""
-    epochs: float = 3.0
+    epochs: float | None = None
+    """Passes over the data; None for three, and for more where those would be fewer than 8M tokens."""
     max_steps: int | None = None
-    batch_size: int = 4
-    """Packed sequences per process and pass."""
+    batch_size: int | None = None
+    """Packed sequences per process and pass; None for as many as hold 1024 tokens, and one at least."""
     gradient_accumulation: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
+    """Its peak; None for one that falls with the root of the target's width, 0.06 / sqrt(hidden_size)."""
     warmup: float = 0.05
     """Share of the steps during which the learning rate rises."""
     num_evaluations: int = 10
@@ -50,6 +57,13 @@ class Recipe:
     report_to: tuple[str, ...] = ()
     """`tensorboard`, `wandb`: where figures go besides the terminal."""
 
+    def settled(self, *, hidden_size: int, num_tokens: int) -> Recipe:
+        """Return this recipe with what it leaves open chosen for a target of that width and that much data."""
+        learning_rate = 0.06 / hidden_size**0.5 if self.learning_rate is None else self.learning_rate
+        batch_size = max(1, _TOKENS_PER_BATCH // self.max_length) if self.batch_size is None else self.batch_size
+        epochs = max(_EPOCHS, _FEWEST_TOKENS / num_tokens) if self.epochs is None else self.epochs
+        return replace(self, learning_rate=learning_rate, batch_size=batch_size, epochs=epochs)
+
 
 QUICK = Recipe(
     exit_dim=256,
@@ -57,8 +71,6 @@ QUICK = Recipe(
     draft_vocab_size=1536,
     max_length=512,
     max_steps=900,
-    # small steps, many of them: with so little text each token is seen once or twice
-    batch_size=2,
     num_evaluations=3,
 )
 """For a target of a few million parameters, in minutes on two cores."""
@@ -120,7 +132,10 @@ def build_drafter(target: FrozenTarget, recipe: Recipe, vocabulary: DraftVocabul
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, *, evaluates: bool) -> TrainingArguments:
-    """Return what `transformers.Trainer` takes; `evaluates` says whether there is something to evaluate on."""
+    """Return what `transformers.Trainer` takes of a settled recipe; `evaluates` says whether there is a measure."""
+    assert recipe.epochs is not None
+    assert recipe.batch_size is not None
+    assert recipe.learning_rate is not None
     interval = 1 / recipe.num_evaluations
     strategy = "steps" if evaluates else "no"
     return TrainingArguments(

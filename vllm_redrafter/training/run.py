@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from vllm_redrafter.core import checkpoint
-from vllm_redrafter.training import provenance
+from vllm_redrafter.training import allocator, provenance
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import choose_draft_vocabulary
 from vllm_redrafter.training.evaluation import hold_out
@@ -126,11 +126,15 @@ def train(
     if resume and last is None:
         raise ValueError(f"there is no checkpoint in {str(checkpoints)!r} to resume from: train without --resume")
     train_documents, held_out_documents = split(documents)
+    num_tokens = sum(len(document.token_ids) for document in train_documents)
+    recipe = recipe.settled(hidden_size=target.head_weight.shape[1], num_tokens=num_tokens)
     answer_length = min(_ANSWER_LENGTH, recipe.max_length // 2)
     prompts = openings(held_out_documents, recipe.max_length - answer_length)
     arguments = training_arguments(recipe, checkpoints, evaluates=bool(prompts))
     # before a drafter borrows its head
     target.to(arguments.device)
+    if arguments.device.type == "cpu":
+        allocator.keep_freed_memory()
     vocabulary = None
     if recipe.draft_vocab_size is not None:
         vocabulary = choose_draft_vocabulary(train_documents, recipe.draft_vocab_size, target.vocab_size)
@@ -155,6 +159,7 @@ def train(
             tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
         told = provenance.describe() | {"coverage": vocabulary.coverage if vocabulary else 1.0} | (record or {})
         told |= {"target": verifier, "num_steps": trainer.state.global_step, "recipe": asdict(recipe)}
+        told["documents_sha256"] = digest_documents(documents)
         (output / "provenance.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return Trained(output, trainer.state.global_step, stop.stopped, trainer.state.best_metric)
 
@@ -175,6 +180,14 @@ def prepare_output(output: Path, *, overwrite: bool, resume: bool) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "provenance.json", "evaluation.json"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+def digest_documents(documents: Sequence[Document]) -> str:
+    """Return the SHA-256 of all tokens, and of which of them are learnt, wherever they come from."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(document.token_ids.numpy().astype("<i8").tobytes() + document.is_target.numpy().tobytes())
+    return found.hexdigest()
 
 
 def digest(path: Path) -> str:
