@@ -55,7 +55,7 @@ class ReDrafterOptions:
     """Tokens drafted per beam."""
     budget: str
     """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
-    fused_layers: tuple[int, ...] = ()
+    fused_layers: list[int] | None = None
     """Layers whose outputs the drafter sees; not the user's to choose, but vLLM's compile cache is keyed by options."""
 
     @property
@@ -149,9 +149,8 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
         num_layers=target.get_total_num_hidden_layers(),
         target=target.model,
     )
-    fused_layers = tuple(config.fused_layers or ())
-    if fused_layers:
-        _check_hands_out_layers(target, fused_layers)
+    if config.fused_layers:
+        _check_hands_out_layers(target, config.fused_layers)
     if target.tokenizer and Path(target.tokenizer).is_dir():
         checkpoint.check_tokenizer(directory, Path(target.tokenizer))
 
@@ -161,10 +160,11 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     if budget not in ("auto", "fixed"):
         raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
     width = _positive(request, "beam_width", config.beam_width)
-    return ReDrafterOptions(str(directory), num_nodes, width, _draft_length(request, config), budget, fused_layers)
+    length = _draft_length(request, config)
+    return ReDrafterOptions(str(directory), num_nodes, width, length, budget, config.fused_layers)
 
 
-def _check_hands_out_layers(target: Any, fused_layers: tuple[int, ...]) -> None:
+def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:
     from vllm.model_executor.models.interfaces import supports_eagle3
 
     model_class, _ = target.registry.resolve_model_cls(target.architectures, model_config=target)

@@ -77,7 +77,7 @@ class TreeModelRunner(CPUModelRunner):
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...]:
         # vLLM counts the embeddings as 0: what leaves layer i is its i + 1
-        return tuple(layer + 1 for layer in self.drafter.options.fused_layers)
+        return tuple(layer + 1 for layer in self.drafter.options.fused_layers or ())
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Run the forward pass as vLLM does; its time tells the budget what a step costs."""

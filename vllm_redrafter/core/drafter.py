@@ -149,9 +149,9 @@ class ReDrafter(nn.Module):
             hidden: the target's last hidden state, and behind it what left the `fused_layers`.
         """
         if self.config.fused_layers:
-            hidden, outputs = hidden.tensor_split([self.config.hidden_size], dim=-1)
-            outputs = outputs.unflatten(-1, (-1, self.config.hidden_size))
-            hidden = hidden + self.fc(functional.rms_norm(outputs, outputs.shape[-1:], eps=_EPSILON).flatten(-2))
+            size = self.config.hidden_size
+            outputs = hidden[..., size:].reshape(*hidden.shape[:-1], -1, size)
+            hidden = hidden[..., :size] + self.fc(functional.rms_norm(outputs, [size], eps=_EPSILON).flatten(-2))
         if self.config.has_input_proj:
             # [h; s] W = h W_h + s W_s, and h is the same for all beams and depths
             context = functional.linear(hidden, self.input_proj.weight[:, : hidden.shape[-1]], self.input_proj.bias)
