@@ -165,6 +165,19 @@ def test_what_leaves_fused_layers_is_what_training_sees(engines: EnginePool, nam
     assert drafted.stats["num_branch_acceptances"] > 0
 
 
+def test_a_compiled_target_hands_out_the_layers_that_each_drafter_asks_for(
+    engines: EnginePool, padded_pair: Pair, tmp_path: Path
+) -> None:
+    workload = Workload([Request(prompt, GREEDY) for prompt in SHORT_PROMPTS], "expect_the_states_of_training")
+    for layer in (0, 1):
+        drafter = tiny_models.save_random_drafter(padded_pair.model, tmp_path / str(layer), fused_layers=[layer])
+
+        # from the second on, a compiled graph of the same target may lie in a cache
+        drafted = engines.run(Engine(padded_pair.target, drafter, FIXED, {"enforce_eager": None}), workload)
+
+        assert drafted.stats["num_drafts"] > 100
+
+
 def _save_trained_drafter(model: PreTrainedModel, directory: Path, **changes: object) -> str:
     return tiny_models.save_trained_drafter(
         model, directory, PROMPTS, num_tokens=SLIDING_WINDOW - 8, num_steps=150, **changes
