@@ -27,7 +27,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "num_speculative_tokens": (int,),
     "verifier": (str, NoneType),
 }
-_OTHER_FIELDS = ("emb_norm", "trained_draft_length", "verifier_architectures")
+_OTHER_FIELDS = ("fused_layers", "emb_norm", "trained_draft_length", "verifier_architectures")
 _TYPE_NAMES = {int: "an integer", bool: "true or false", str: "a string", NoneType: "null"}
 _APPLE_TYPE = "recurrent_drafting_drafter"
 MODEL_TYPES = ("redrafter", _APPLE_TYPE)
@@ -55,6 +55,11 @@ def parse_config(fields: Mapping[str, Any], where: str) -> ReDrafterConfig:
             '"recurrent_drafting_drafter": pass the drafter\'s directory or Hub id'
         )
     _check_spelling(fields, where)
+    if fields.get("fused_layers") is not None:
+        raise ValueError(
+            f"{where}: fused_layers is {fields['fused_layers']!r}, but here a drafter sees the target's last hidden "
+            "state alone: pass one that was trained without fused_layers"
+        )
     for name in ("hidden_size", "vocab_size"):
         if name not in values:
             raise ValueError(f"{where} lacks {name!r}: add it, or export the drafter again")

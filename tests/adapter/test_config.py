@@ -12,6 +12,8 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
+from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.config import UNSUPPORTED, ReDrafterOptions, read_options, translate
@@ -33,6 +35,13 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("drafters") / "drafter"
     save_drafter(ReDrafter(chosen), directory)
     return str(directory)
+
+
+@pytest.fixture
+def fused_drafter(tmp_path: Path) -> str:
+    """The directory of a drafter that sees two layers of the target."""
+    save_drafter(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, fused_layers=[0, 3])), tmp_path / "fused")
+    return str(tmp_path / "fused")
 
 
 @pytest.fixture
@@ -71,6 +80,9 @@ def target_config(**changes: Any) -> SimpleNamespace:
         "tokenizer": None,
         "get_hidden_size": lambda: HIDDEN,
         "get_vocab_size": lambda: VOCAB,
+        "get_total_num_hidden_layers": lambda: 4,
+        "registry": SimpleNamespace(resolve_model_cls=lambda names, model_config: (LlamaForCausalLM, names[0])),
+        "architectures": ["LlamaForCausalLM"],
         "hf_text_config": SimpleNamespace(),
         "use_mla": False,
         "is_hybrid": False,
@@ -113,6 +125,14 @@ def test_what_is_given_counts(drafter: str) -> None:
     request = {"num_speculative_tokens": 63, "beam_width": 1, "draft_length": 2, "budget": "fixed"}
 
     assert options_for({"model": drafter, **request}) == ReDrafterOptions(drafter, 63, 1, 2, "fixed")
+
+
+def test_fused_layers_come_from_the_drafters_config_alone(fused_drafter: str) -> None:
+    options = options_for({"model": fused_drafter})
+
+    assert options.fused_layers == [0, 3]
+    with pytest.raises(ValueError, match="unknown key 'fused_layers'"):
+        options_for({"model": fused_drafter, "fused_layers": [1]})
 
 
 def test_keys_may_be_spelled_with_dashes(drafter: str) -> None:
@@ -339,6 +359,23 @@ def test_a_combination_that_we_do_not_do_is_refused_with_the_reason(
         f"redrafter does not support {feature}, because {reason}: run without speculation, or without this feature"
     )
     assert vars(made) == before
+
+
+def test_fused_layers_of_a_target_that_does_not_hand_them_out_are_refused(fused_drafter: str) -> None:
+    registry = SimpleNamespace(resolve_model_cls=lambda names, model_config: (GPT2LMHeadModel, names[0]))
+
+    with pytest.raises(NotImplementedError) as raised:
+        options_for({"model": fused_drafter}, registry=registry)
+
+    assert str(raised.value) == (
+        "the drafter sees what leaves the layers 0, 3, which vLLM's GPT2LMHeadModel does not hand out (no EAGLE-3 "
+        "interface): use a drafter without fused_layers"
+    )
+
+
+def test_fused_layers_that_the_target_lacks_are_refused(fused_drafter: str) -> None:
+    with pytest.raises(ValueError, match=r"it has fused_layers \[0, 3\] where the target has 3 layers; pass a drafter"):
+        options_for({"model": fused_drafter}, get_total_num_hidden_layers=lambda: 3)
 
 
 def test_runner_v2_is_refused(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,13 @@ def test_a_drafter_whose_projection_would_vanish_is_refused(tmp_path: Path) -> N
         grow_drafter(tmp_path, tmp_path / "large", 2)
 
 
+def test_a_drafter_with_fused_layers_is_refused(tmp_path: Path) -> None:
+    checkpoint.save_drafter(ReDrafter(ReDrafterConfig(24, 40, fused_layers=[1])), tmp_path)
+
+    with pytest.raises(ValueError, match=r"the drafter fuses the layers \[1\], .*: grow one without fused_layers"):
+        grow_drafter(tmp_path, tmp_path / "large", 2)
+
+
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     make_target(tmp_path / "small", TARGETS["tied"])
     make_drafter(tmp_path / "drafter", DRAFTERS["tied head"])

@@ -95,6 +95,24 @@ def test_an_output_that_is_not_empty_is_not_overwritten_by_accident(
     assert "is not empty: pass --resume to go on, --overwrite to start anew, or another" in error
 
 
+def test_a_drafter_with_fused_layers_is_trained_and_evaluated(
+    target: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "drafter"
+
+    assert main(command(target, data, output, "--fused_layers", "1,0", "--num-evaluations", "1")) == 0
+
+    trained, drafter = last_line(capsys), checkpoint.load_drafter(output)
+    assert trained["mean_acceptance_length"] >= 1
+    assert drafter.config.fused_layers == [0, 1]
+    assert drafter.fc.weight.abs().sum() > 0
+    assert json.loads((output / "provenance.json").read_text())["recipe"]["fused_layers"] == [1, 0]
+
+    few = ["--num-prompts", "2", "--max-tokens", "8", "--nodes", "4", "--temperature", "0"]
+    assert main(["evaluate", "--target", target, "--drafter", str(output), "--data", data, *few]) == 0
+    assert last_line(capsys)["mean_acceptance_length"] >= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "reason"),
     [
@@ -106,6 +124,7 @@ def test_an_output_that_is_not_empty_is_not_overwritten_by_accident(
         (["--target", "{target}", "--data", "{tmp}/empty.jsonl", "--output", "{tmp}/o"], 1, "empty.jsonl is empty"),
         (["--target", "{target}", "--data", "{tmp}/poor.jsonl", "--output", "{tmp}/o"], 1, "2 × empty text"),
         (["--target", "{target}", "--quick", "--output", "{tmp}/o", "--max-length", "999"], 1, "has 512 positions"),
+        (["--target", "{target}", "--quick", "--output", "{tmp}/o", "--fused-layers", "0,2"], 1, "target's are 0 to 1"),
         (["--target", "{target}", "--quick", "--output", "{tmp}/o", "--own-tokens", "2"], 1, "it must lie in 0..1"),
     ],
 )

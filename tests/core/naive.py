@@ -28,7 +28,10 @@ def drafter_log_probs(drafter: ReDrafter, embeddings: torch.Tensor, hidden: torc
     config = drafter.config
     weights = {name: tensor.double().numpy() for name, tensor in drafter.state_dict().items()}
     table = embeddings.detach().double().numpy()
-    h = hidden.detach().double().numpy()
+    context, *outputs = hidden.detach().double().numpy().reshape(-1, config.hidden_size)
+    if outputs:
+        normalised = [output / np.sqrt(np.mean(output**2) + 1e-6) for output in outputs]
+        context = context + weights["fc.weight"] @ np.concatenate(normalised)
     if config.tie_lm_head:
         assert drafter._tied_head is not None
         head = drafter._tied_head.detach().double().numpy()
@@ -47,7 +50,7 @@ def drafter_log_probs(drafter: ReDrafter, embeddings: torch.Tensor, hidden: torc
                 )
             else:
                 state = state + table[token_id]
-        x = np.concatenate([h, state])
+        x = np.concatenate([context, state])
         if config.exit_dim != 2 * config.hidden_size:
             x = weights["input_proj.weight"] @ x + weights["input_proj.bias"]
         for i in range(config.num_draft_layers):

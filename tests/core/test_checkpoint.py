@@ -77,6 +77,7 @@ def configs(draw: st.DrawFn) -> ReDrafterConfig:
         draft_vocab_size=draw(st.none() | st.integers(1, vocab)),
         tie_lm_head=tied,
         top_k=draw(st.none() | st.integers(1, 60)),
+        fused_layers=draw(st.none() | st.sets(st.integers(0, 40), min_size=1, max_size=3).map(sorted)),
         emb_norm=draw(st.booleans()),
         beam_width=draw(st.integers(1, 64)),
         draft_length=draw(st.integers(1, 16)),
@@ -428,8 +429,8 @@ def test_a_full_model_is_refused_before_its_weights_are_looked_at(tmp_path: Path
 
 
 def test_a_drafter_of_the_targets_sizes_passes() -> None:
-    config = ReDrafterConfig(hidden_size=64, vocab_size=1000)
-    checkpoint.check_against_target(config, hidden_size=64, vocab_size=1000, target="org/target")
+    config = ReDrafterConfig(hidden_size=64, vocab_size=1000, fused_layers=[0, 5])
+    checkpoint.check_against_target(config, hidden_size=64, vocab_size=1000, num_layers=6, target="org/target")
 
 
 @pytest.mark.parametrize(
@@ -452,7 +453,15 @@ def test_a_drafter_of_another_target_is_refused_with_both_sizes(
         rf"the drafter \(trained for 'org/other'\) does not fit the target 'org/target': {difference} a drafter that"
     )
     with pytest.raises(ValueError, match=message):
-        checkpoint.check_against_target(config, hidden_size=hidden_size, vocab_size=vocab_size, target="org/target")
+        checkpoint.check_against_target(
+            config, hidden_size=hidden_size, vocab_size=vocab_size, num_layers=6, target="org/target"
+        )
+
+
+def test_a_drafter_that_sees_a_layer_which_the_target_lacks_is_refused() -> None:
+    config = ReDrafterConfig(hidden_size=64, vocab_size=1000, fused_layers=[2, 6])
+    with pytest.raises(ValueError, match=r"it has fused_layers \[2, 6\] where the target has 6 layers; pass a drafter"):
+        checkpoint.check_against_target(config, hidden_size=64, vocab_size=1000, num_layers=6, target="org/target")
 
 
 BPE = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "</s>"}]}

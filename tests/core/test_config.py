@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -70,6 +71,20 @@ def test_top_k_is_positive_or_absent(value: object) -> None:
         make_config(top_k=value).check()
 
 
+def test_fused_layers_widen_what_the_target_hands_over() -> None:
+    assert make_config().input_size == 8
+    assert make_config(fused_layers=[0, 2, 9]).input_size == 4 * 8
+
+
+@pytest.mark.parametrize("value", [[], [2, 2], [3, 1], [-1, 2], [True, 2], [1.0], ["1"]])
+def test_fused_layers_are_distinct_ascending_and_not_negative(value: list[object]) -> None:
+    make_config(fused_layers=[0, 7]).check()
+    with pytest.raises(
+        ValueError, match=rf"fused_layers is {re.escape(repr(value))}, but it must hold distinct .*null"
+    ):
+        make_config(fused_layers=value).check()
+
+
 @pytest.mark.parametrize("value", [0, MAX_NODES + 1, True, 8.0])
 def test_the_tree_size_lies_between_1_and_63(value: int) -> None:
     with pytest.raises(ValueError, match="must lie between 1 and 63"):
@@ -85,7 +100,12 @@ def test_the_smallest_and_the_largest_tree_are_allowed() -> None:
 
 def test_the_written_fields_rebuild_the_same_configuration() -> None:
     config = make_config(
-        exit_dim=12, rnn=False, top_k=7, verifier="org/target", verifier_architectures=["LlamaForCausalLM"]
+        exit_dim=12,
+        rnn=False,
+        top_k=7,
+        fused_layers=[0, 3],
+        verifier="org/target",
+        verifier_architectures=["LlamaForCausalLM"],
     )
     assert ReDrafterConfig(**config.to_dict()).to_dict() == config.to_dict()
 

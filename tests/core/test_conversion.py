@@ -207,6 +207,10 @@ def test_the_tokenizer_and_the_records_beside_a_drafter_come_along(ours: Path, t
             {"tie_lm_head": True, "exit_dim": 4},
             r"head that is the target's: store .* as 'lm_head.2.weight' and",
         ),
+        (
+            {"fused_layers": [0, 3]},
+            r"fused layers \(it sees the outputs of \[0, 3\] .*: train a drafter without fused_layers$",
+        ),
         ({"top_k": None}, r"top_k null \(its programs always keep 50 candidates\): set top_k to 50 in its config"),
         ({"top_k": 20}, r"top_k 20 \(its programs always keep 50"),
     ],

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import (
     BartConfig,
@@ -100,6 +101,14 @@ def make_drafter(vocab_size: int = VOCAB) -> ReDrafter:
 
 
 @cache
+def make_fused_drafter() -> ReDrafter:
+    torch.manual_seed(1)
+    drafter = ReDrafter(ReDrafterConfig(hidden_size=HIDDEN, vocab_size=VOCAB, fused_layers=[0, 1]))
+    nn.init.normal_(drafter.fc.weight, std=0.3)
+    return drafter.eval().requires_grad_(False)
+
+
+@cache
 def make_pair() -> tuple[PreTrainedModel, ReDrafter, torch.Tensor]:
     """Return a target with more tokens, a drafter that has learnt what it says after some prompts, and those."""
     torch.manual_seed(2)
@@ -171,6 +180,19 @@ def test_greedy_text_is_that_of_hugging_faces_generate(name: str) -> None:
             branches += num_branches(generation)
     assert accepted > 40
     assert branches > 20
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_fused_layers_change_what_is_drafted_and_never_the_text(name: str) -> None:
+    target, drafter, input_ids = make_target(name), make_fused_drafter(), prompt(9)
+    shape = BeamShape(3, 3)
+
+    fused = generate(target, drafter, input_ids, NUM_NEW_TOKENS, shape=shape, num_nodes=8)
+
+    # the same tensors, but for what the fused layers add
+    plain = generate(target, make_drafter(), input_ids, NUM_NEW_TOKENS, shape=shape, num_nodes=8)
+    assert fused.token_ids == plain.token_ids == hugging_face_greedy(target, input_ids, NUM_NEW_TOKENS)
+    assert fused.paths != plain.paths
 
 
 def test_a_drafter_that_has_learnt_its_target_saves_most_steps() -> None:
@@ -308,18 +330,21 @@ def random_tree(root: int, seed: int, vocab_size: int = VOCAB) -> TokenTree:
 def test_a_tree_is_seen_as_its_paths_are_one_by_one(name: str) -> None:
     target, input_ids = make_target(name), prompt(13)
     tree = random_tree(root=3, seed=0)
-    context = Target(target, 40)
+    context = Target(target, 40, fused_layers=[0, 1])
     context.read(input_ids)
 
     seen = context.verify(tree)
 
     nodes = naive.prefixes(tree)
     assert len(nodes) == 21
+    assert seen.hidden.shape == (21, 3 * HIDDEN)
     for i, prefix in enumerate(nodes):
-        alone = Target(target, 40).read(torch.cat((input_ids, torch.tensor([3, *prefix]))))
+        alone = Target(target, 40, fused_layers=[0, 1]).read(torch.cat((input_ids, torch.tensor([3, *prefix]))))
         # sums in another order
-        torch.testing.assert_close(seen.hidden[i], alone.hidden[-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen.hidden[i, :HIDDEN], alone.hidden[-1, :HIDDEN], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(seen.logits[i], alone.logits[-1], rtol=1e-5, atol=1e-5)
+        # before the final norm numbers are some ten times as large
+        torch.testing.assert_close(seen.hidden[i, HIDDEN:], alone.hidden[-1, HIDDEN:], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TARGETS)

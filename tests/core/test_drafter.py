@@ -55,6 +55,44 @@ def test_the_drafter_computes_the_papers_equations(rnn: bool, exit_dim: int, num
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("exit_dim", [HIDDEN, 2 * HIDDEN])
+def test_fused_layers_join_the_last_hidden_state_each_normalised(exit_dim: int) -> None:
+    drafter = make_drafter(exit_dim=exit_dim, fused_layers=[1, 4])
+    # outputs of layers differ by orders of magnitude
+    hidden = torch.cat((torch.randn(HIDDEN), 0.05 * torch.randn(HIDDEN), 300 * torch.randn(HIDDEN)))
+    embedding, token_ids = nn.Embedding(VOCAB, HIDDEN), [3, 29, 0]
+
+    log_probs = drafted_log_probs(drafter, embedding, hidden, token_ids)
+
+    expected = naive.drafter_log_probs(drafter, embedding.weight, hidden, token_ids[0])
+    for i, row in enumerate(log_probs):
+        # float32 against float64
+        np.testing.assert_allclose(row, expected(tuple(token_ids[1 : i + 1])), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_new_drafter_with_fused_layers_is_apples_bit_for_bit() -> None:
+    drafters = []
+    for fused_layers in (None, [0, 3]):
+        torch.manual_seed(0)
+        drafters.append(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, fused_layers=fused_layers)))
+    plain, fused = drafters
+    embedding, hidden = nn.Embedding(VOCAB, HIDDEN), torch.randn(5, 3 * HIDDEN)
+
+    rows = drafted_log_probs(fused, embedding, hidden, [3, 29])
+
+    assert fused.state_dict().keys() - plain.state_dict().keys() == {"fc.weight"}
+    assert fused.fc.weight.shape == (HIDDEN, 2 * HIDDEN)
+    assert torch.equal(rows, drafted_log_probs(plain, embedding, hidden[:, :HIDDEN], [3, 29]))
+
+
+@torch.no_grad()
+def test_a_drafter_with_fused_layers_does_not_take_the_last_hidden_state_alone() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        make_drafter(fused_layers=[1]).start(torch.randn(HIDDEN))
+
+
+@torch.no_grad()
 def test_a_bfloat16_drafter_scores_in_float32() -> None:
     drafter = make_drafter().bfloat16()
     embedding, hidden = nn.Embedding(VOCAB, HIDDEN).bfloat16(), torch.randn(HIDDEN).bfloat16()

@@ -1,4 +1,7 @@
-"""Ways to break the adapter inside an engine's process; each must be noticed by a comparison with plain vLLM."""
+"""Ways to break the adapter inside an engine's process; each must be noticed by a comparison with plain vLLM.
+
+The last one breaks nothing: it looks at what only that process knows.
+"""
 
 from __future__ import annotations
 
@@ -156,4 +159,47 @@ def give_drafts_a_second_chance() -> Iterator[None]:
         return walk
 
     with _replaced(verification, "walk", wrap):
+        yield
+
+
+@contextmanager
+def expect_the_states_of_training() -> Iterator[None]:
+    """Fail where the drafter is handed other hidden states than it would be trained on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_redrafter.adapter.proposer import ReDrafterProposer
+    from vllm_redrafter.adapter.runner import TreeModelRunner
+    from vllm_redrafter.training.target import FrozenTarget
+
+    targets: list[FrozenTarget] = []
+    texts: list[list[int]] = []
+
+    def wrap_propose(original: Callable[..., Any]) -> Callable[..., Any]:
+        def propose(self: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], *arguments: Any) -> Any:
+            if not targets:
+                targets.append(FrozenTarget(AutoModelForCausalLM.from_pretrained(self.model_config.model)))
+            active = [request for request, new in zip(self.input_batch.req_ids, sampled_token_ids, strict=True) if new]
+            requests = [self.requests[request] for request in active]
+            texts[:] = [[*request.prompt_token_ids, *request.output_token_ids] for request in requests]
+            return original(self, scheduler_output, sampled_token_ids, *arguments)
+
+        return propose
+
+    def wrap_search(original: Callable[..., Any]) -> Callable[..., Any]:
+        def search(self: Any, hidden: torch.Tensor, init_ids: torch.Tensor, floor: float) -> Any:
+            layers = self.drafter.config.fused_layers
+            for row, init_id, text in zip(hidden, init_ids.tolist(), texts, strict=True):
+                assert text[-1] == init_id
+                expected = targets[0].hidden(torch.tensor(text[:-1]), layers)[-1]
+                # sums in another order, of numbers up to a hundred
+                torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-3)
+            return original(self, hidden, init_ids, floor)
+
+        return search
+
+    with (
+        _replaced(TreeModelRunner, "propose_draft_token_ids", wrap_propose),
+        _replaced(ReDrafterProposer, "search", wrap_search),
+    ):
         yield

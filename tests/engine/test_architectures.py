@@ -102,6 +102,10 @@ def _without_rnn(pair: Pair, directory: Path) -> str:
     return _save_trained_drafter(pair.model, directory, rnn=False)
 
 
+def _with_fused_layers(pair: Pair, directory: Path) -> str:
+    return _save_trained_drafter(pair.model, directory, fused_layers=[0, 1])
+
+
 def _in_apples_format(pair: Pair, directory: Path) -> str:
     tensors = load_file(Path(pair.drafter, "model.safetensors"))
     config = load_drafter(pair.drafter).config
@@ -132,6 +136,7 @@ VARIANTS: dict[str, Callable[[Pair, Path], str]] = {
     "tied head over a draft vocabulary": _tied_over_a_draft_vocabulary,
     "own head over a draft vocabulary": _own_head_over_a_draft_vocabulary,
     "no RNN": _without_rnn,
+    "fused layers": _with_fused_layers,
     "Apple's format": _in_apples_format,
     "stored in bf16": _stored_in_bf16,
 }
@@ -145,6 +150,32 @@ def test_every_kind_of_drafter_drafts_as_in_the_reference_loop_and_changes_no_to
 
     _assert_same_text(engines, pair)
     _assert_same_drafts(engines, pair)
+
+
+@pytest.mark.parametrize("name", ["Llama with as many key as query heads", "Qwen3"])
+def test_what_leaves_fused_layers_is_what_training_sees(engines: EnginePool, name: str, tmp_path: Path) -> None:
+    model = TARGETS[name]()
+    target = tiny_models.save_target(model, tmp_path / "target")
+    drafter = tiny_models.save_random_drafter(model, tmp_path / "drafter", fused_layers=[0, 1])
+    requests = [Request(prompt, GREEDY) for prompt in PROMPTS]
+
+    drafted = engines.run(Engine(target, drafter, FIXED), Workload(requests, "expect_the_states_of_training"))
+
+    assert drafted.stats["num_drafts"] > 100
+    assert drafted.stats["num_branch_acceptances"] > 0
+
+
+def test_a_compiled_target_hands_out_the_layers_that_each_drafter_asks_for(
+    engines: EnginePool, padded_pair: Pair, tmp_path: Path
+) -> None:
+    workload = Workload([Request(prompt, GREEDY) for prompt in SHORT_PROMPTS], "expect_the_states_of_training")
+    for layer in (0, 1):
+        drafter = tiny_models.save_random_drafter(padded_pair.model, tmp_path / str(layer), fused_layers=[layer])
+
+        # from the second on, a compiled graph of the same target may lie in a cache
+        drafted = engines.run(Engine(padded_pair.target, drafter, FIXED, {"enforce_eager": None}), workload)
+
+        assert drafted.stats["num_drafts"] > 100
 
 
 def _save_trained_drafter(model: PreTrainedModel, directory: Path, **changes: object) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engine import tiny_models
+from tests.engine.architectures import make_gpt2
 from tests.engine.engine_process import ENVIRONMENT, OPTIONS, ROOT
 from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
@@ -73,6 +74,8 @@ def test_wrong_requests_are_refused_in_one_sentence_before_any_process_starts(ta
     good = tiny_models.save_random_drafter(model, tmp_path / "good")
     wider = ReDrafter(ReDrafterConfig(hidden_size=96, vocab_size=tiny_models.VOCAB_SIZE))
     save_drafter(wider, tmp_path / "wider")
+    fused = tiny_models.save_random_drafter(model, tmp_path / "fused", fused_layers=[0, 1])
+    gpt2 = tiny_models.save_target(make_gpt2(), tmp_path / "gpt2")
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_bytes(Path(good, "config.json").read_bytes())
@@ -85,6 +88,12 @@ def test_wrong_requests_are_refused_in_one_sentence_before_any_process_starts(ta
         ({"model": target}, {}, "ValueError", ("llama", "not a ReDrafter drafter")),
         ({"num_speculative_tokens": 64}, {}, "ValueError", ("64", "63")),
         ({"beam_width": 0}, {}, "ValueError", ("beam_width is 0", "at least 1")),
+        (
+            {"model": fused},
+            {"model": gpt2},
+            "NotImplementedError",
+            ("vLLM's GPT2LMHeadModel does not hand out", "0, 1"),
+        ),
         ({}, {"pipeline_parallel_size": 2}, "NotImplementedError", ("pipeline parallelism", "without speculation")),
     ]
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.core.layers import outputs_of
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 CHARACTERS = 'abcdefghijklmnopqrstuvwxyz0123456789 {}[]":,.-_+*/()ABCDEFGHI'
@@ -91,15 +92,15 @@ def save_trained_drafter(
 ) -> str:
     """Write a drafter that has learnt what its target says after `prompts`, greedily and at T=1; return where."""
     depth = 4
-    hidden, tokens = [], []  # [positions, hidden_size] and [positions, depth + 1]
+    drafter = ReDrafter(_drafter_config(model, changes))
+    hidden, tokens = [], []  # [positions, input_size] and [positions, depth + 1]
     torch.manual_seed(2)
     for prompt in prompts:
         for temperature in (0.0, 1.0):
             text = _continue(model, list(prompt), num_tokens, temperature)
             starts = range(len(prompt) - 1, len(text) - depth - 1)
-            hidden.append(_head_inputs(model, text)[list(starts)])
+            hidden.append(_handed_over(model, text, drafter.config.fused_layers)[list(starts)])
             tokens.append(torch.tensor([text[start + 1 : start + depth + 2] for start in starts]))
-    drafter = ReDrafter(_drafter_config(model, changes))
     if drafter.config.tie_lm_head:
         drafter.tie_head(model.get_output_embeddings().weight)
     _train(drafter, model.get_input_embeddings().weight, torch.cat(hidden), torch.cat(tokens), num_steps)
@@ -116,7 +117,7 @@ def _drafter_config(model: PreTrainedModel, changes: dict[str, Any]) -> ReDrafte
 def _train(
     drafter: ReDrafter,
     table: torch.Tensor,  # [vocab_size, hidden_size]: the rows as they are, which some models' embeddings scale
-    hidden: torch.Tensor,  # [positions, hidden_size]
+    hidden: torch.Tensor,  # [positions, input_size]
     tokens: torch.Tensor,  # [positions, depth + 1]: the token chosen there, then what follows
     num_steps: int,
 ) -> None:
@@ -148,9 +149,11 @@ def _continue(model: PreTrainedModel, text: list[int], num_tokens: int, temperat
 
 
 @torch.no_grad()
-def _head_inputs(model: PreTrainedModel, text: list[int]) -> torch.Tensor:  # [tokens, hidden_size]
+def _handed_over(model: PreTrainedModel, text: list[int], fused_layers: list[int] | None) -> torch.Tensor:
+    """Return what the target hands the drafter, [tokens, input_size]."""
     heard: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
-    model(input_ids=torch.tensor([text]))
+    with outputs_of(model, fused_layers) as outputs:
+        model(input_ids=torch.tensor([text]))
     hook.remove()
-    return heard[0][0].float()
+    return torch.cat((heard[0], *outputs), dim=-1)[0].float()

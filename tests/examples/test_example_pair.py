@@ -54,7 +54,11 @@ def test_the_drafter_is_made_for_the_target(target: PreTrainedModel, drafter: Re
     config = target.config
 
     check_against_target(
-        drafter.config, hidden_size=config.hidden_size, vocab_size=config.vocab_size, target=str(MODELS / "target")
+        drafter.config,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        target=str(MODELS / "target"),
     )
     assert drafter.config.verifier == "examples/models/target"
 

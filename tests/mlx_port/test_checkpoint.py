@@ -135,6 +135,8 @@ def test_an_unsupported_quantisation_is_refused(bits: int, group_size: int, mess
             r"exit_dim is 64, but a head tied to the target's needs exit_dim == hidden_size \(32\)",
         ),
         ({"top_k": 0}, "top_k is 0, but it must be 1 or more, or null"),
+        ({"fused_layers": [1, 4]}, r"fused_layers is \[1, 4\], but here a drafter sees the target's last hidden state"),
+        ({"fused_layer": [1]}, "has a key 'fused_layer': did you mean 'fused_layers'"),
         ({"exit_dim": 48}, r"missing: context_proj.weight \[48, 32\]"),
         ({"draft_vocab_size": 60}, "has a draft vocabulary, but no d2t and t2d"),
     ],

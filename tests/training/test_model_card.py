@@ -79,6 +79,12 @@ def test_everything_that_was_recorded_and_measured_is_on_the_card(tmp_path: Path
     assert lines[lines.index("## Licence") + 2] == "apache-2.0"
 
 
+def test_the_card_names_fused_layers(tmp_path: Path) -> None:
+    card = render(tmp_path, fused_layers=[0, 5])
+
+    assert "its own head, fed by the target's layers 0, 5 besides its last state.\n" in card
+
+
 def test_a_target_on_the_hub_is_served_by_the_drafter_alone_or_by_both_names(tmp_path: Path) -> None:
     card = render(tmp_path, num_speculative_tokens=6)
 

@@ -15,6 +15,7 @@ from vllm_redrafter.training.batch import Batch, collate
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.loss import TOKEN_LOSSES, Expected
 from vllm_redrafter.training.packing import pack
+from vllm_redrafter.training.recipe import Recipe, build_drafter
 from vllm_redrafter.training.rollout import TOP_K, Objective, Rollout, StepReport
 from vllm_redrafter.training.target import FrozenTarget, TargetView
 
@@ -23,6 +24,7 @@ DRAFTERS = {
     "projected": {"exit_dim": 24},
     "sum of embeddings": {"rnn": False},
     "draft vocabulary": {"draft_vocab_size": VOCAB // 2},
+    "fused layers": {"fused_layers": [0, 1], "exit_dim": 24},
     "tied head and draft vocabulary": {"draft_vocab_size": VOCAB // 2, "tie_lm_head": True, "exit_dim": HIDDEN},
 }
 
@@ -42,8 +44,9 @@ def by_definition(
     ids = drafter.target_ids()
     losses: list[list[torch.Tensor]] = [[] for _ in range(objective.num_offsets)]
     for document in documents:
-        output = target.model(document.token_ids[None], output_hidden_states=True)
-        hidden, probs = output.hidden_states[-1][0], output.logits[0].softmax(dim=-1)
+        output = target.model(document.token_ids[None])
+        hidden = target.hidden(document.token_ids, drafter.config.fused_layers)
+        probs = output.logits[0].softmax(dim=-1)
         for start in range(len(document.token_ids) - 2):
             state = drafter.start(hidden[start])
             for offset in range(objective.num_offsets):
@@ -108,6 +111,21 @@ def test_every_tensor_of_the_drafter_learns_and_none_of_the_target() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in target.model.parameters())
+
+
+def test_fusion_learns_from_its_first_step_on_which_starts_at_a_drafter_without_it() -> None:
+    target, batch = make_target(), batch_of(make_documents(20))
+    plain = Rollout(build_drafter(target, Recipe(), None, "test"), target, Objective())
+    fused = Rollout(build_drafter(target, Recipe(fused_layers=(1, 0)), None, "test"), target, Objective())
+
+    report = step(fused, batch)
+    report.loss.backward()
+
+    assert fused.drafter.config.fused_layers == [0, 1]
+    torch.testing.assert_close(report.loss, step(plain, batch).loss, rtol=1e-6, atol=0)
+    gradient = fused.drafter.fc.weight.grad
+    assert gradient is not None
+    assert (gradient.reshape(HIDDEN, 2, HIDDEN).abs().sum(dim=(0, 2)) > 0).all()
 
 
 def test_batches_of_one_step_add_up_to_the_batch_of_all() -> None:
@@ -199,6 +217,7 @@ class Scripted(nn.Module):
     class Config(NamedTuple):
         vocab_size: int
         head_size: int
+        fused_layers: None = None
 
     def __init__(self, logits: torch.Tensor) -> None:  # [offsets, positions, vocab_size]
         super().__init__()
@@ -222,7 +241,7 @@ class Scripted(nn.Module):
 class Counting:
     """Stands for a target whose hidden state at a position is the position."""
 
-    def read(self, batch: Batch) -> TargetView:
+    def read(self, batch: Batch, fused_layers: None) -> TargetView:
         positions = batch.position_ids[..., None].float()
         return TargetView(positions, positions)
 

@@ -22,16 +22,20 @@ def taught(target: FrozenTarget, **fields: object) -> ReDrafter:
     with torch.no_grad():
         rows = target.head_weight if drafter.target_ids() is None else target.head_weight[drafter.target_ids()]
         drafter.lm_head[-1].weight.copy_(rows)
+        if drafter.config.fused_layers:
+            drafter.fc.weight.mul_(0.1)
         drafter.input_proj.weight.copy_(torch.cat((torch.eye(16), 0.3 * torch.eye(16)), dim=1))
     return drafter.requires_grad_(False).eval()
 
 
-def written(target: FrozenTarget, generation: Generation) -> Writing:
+def written(target: FrozenTarget, drafter: ReDrafter, generation: Generation) -> Writing:
     token_ids = torch.cat((PROMPT, torch.tensor(generation.token_ids)))
-    return Writing(token_ids, target.hidden(token_ids), len(PROMPT), "test")
+    return Writing(token_ids, target.hidden(token_ids, drafter.config.fused_layers), len(PROMPT), "test")
 
 
-@pytest.mark.parametrize("fields", [{}, {"draft_vocab_size": VOCAB // 2}, {"top_k": 3}, {"rnn": False}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"draft_vocab_size": VOCAB // 2}, {"top_k": 3}, {"rnn": False}, {"fused_layers": [0, 1]}]
+)
 @pytest.mark.parametrize(("shape", "num_nodes"), [((1, 4), 4), ((1, 4), 2), ((3, 4), 6), ((4, 5), 16), ((2, 3), 63)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_simulated_steps_are_those_of_decoding(
@@ -49,7 +53,7 @@ def test_simulated_steps_are_those_of_decoding(
     beams = BeamShape(*shape)
     generation = generate(target.model, drafter, PROMPT, NUM_TOKENS, shape=beams, num_nodes=num_nodes, sample=sample)
 
-    writing = written(target, generation)
+    writing = written(target, drafter, generation)
     steps = simulate(accepted_ranks(drafter, target.embed, writing, beams, num_nodes), len(PROMPT), num_nodes)
 
     # the text ends within the last step, which may have accepted more than was kept

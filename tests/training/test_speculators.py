@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 DRAFTERS: dict[str, dict[str, Any]] = {
     "all defaults": {},
     "draft vocabulary and projection": {"draft_vocab_size": 7, "exit_dim": 5, "num_draft_layers": 1},
+    "fused layers": {"fused_layers": [0, 3]},
     "tied head": {"tie_lm_head": True, "exit_dim": 4},
     "sum of embeddings, no target": {"rnn": False, "num_draft_layers": 0, "verifier": None},
     "Apple's, with its norm": {"top_k": 50, "emb_norm": True, "trained_draft_length": 5, "num_speculative_tokens": 21},

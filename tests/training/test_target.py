@@ -45,19 +45,23 @@ def test_the_hidden_states_of_training_are_those_that_decoding_hands_the_drafter
     documents = make_documents(12, 7)
     batch = Batch(**collate(pack(documents, 19)))
 
-    view = target.read(batch)
+    view = target.read(batch, fused_layers=[0, 1])
 
     # the last one is padding's
     starts = (batch.position_ids[0] == 0).nonzero()[:-1, 0].tolist()
     for start, document in zip(starts, documents, strict=True):
-        reading = Target(target.model, max_length=len(document.token_ids))
+        reading = Target(target.model, max_length=len(document.token_ids), fused_layers=[0, 1])
         seen = reading.read(document.token_ids)
         part = slice(start, start + len(document.token_ids))
+        assert seen.hidden.shape[-1] == 3 * HIDDEN
         # packed or alone, attention sums in another order
         torch.testing.assert_close(view.hidden[0, part], seen.hidden, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(view.embeddings[0, part], reading.embed(document.token_ids))
         expected = seen.logits.float().log_softmax(dim=-1)
-        torch.testing.assert_close(target.log_probs(view.hidden[0, part]), expected, rtol=1e-4, atol=1e-4)
+        last_hidden = view.hidden[0, part, :HIDDEN]
+        torch.testing.assert_close(target.log_probs(last_hidden), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target.hidden(document.token_ids, [0, 1]), seen.hidden, rtol=1e-4, atol=1e-5)
+        assert torch.equal(target.read(batch).hidden, view.hidden[..., :HIDDEN])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -55,6 +55,8 @@ class ReDrafterOptions:
     """Tokens drafted per beam."""
     budget: str
     """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
+    fused_layers: list[int] | None = None
+    """Layers whose outputs the drafter sees; not the user's to choose, but vLLM's compile cache is keyed by options."""
 
     @property
     def shape(self) -> BeamShape:
@@ -134,14 +136,21 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
 
     Raises:
         ValueError: a value is out of range, or the drafter is missing, broken, or of another target.
+        NotImplementedError: the drafter fuses layers whose outputs vLLM's model of the target keeps to itself.
     """
     if not isinstance(request.get("model"), str) or not request["model"]:
         raise ValueError('speculative_config has no "model": name the drafter\'s directory or Hub id')
     directory = hub.resolve(request["model"], request.get("revision"))
     config = checkpoint.load_drafter(directory).config
     checkpoint.check_against_target(
-        config, hidden_size=target.get_hidden_size(), vocab_size=target.get_vocab_size(), target=target.model
+        config,
+        hidden_size=target.get_hidden_size(),
+        vocab_size=target.get_vocab_size(),
+        num_layers=target.get_total_num_hidden_layers(),
+        target=target.model,
     )
+    if config.fused_layers:
+        _check_hands_out_layers(target, config.fused_layers)
     if target.tokenizer and Path(target.tokenizer).is_dir():
         checkpoint.check_tokenizer(directory, Path(target.tokenizer))
 
@@ -151,7 +160,19 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     if budget not in ("auto", "fixed"):
         raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
     width = _positive(request, "beam_width", config.beam_width)
-    return ReDrafterOptions(str(directory), num_nodes, width, _draft_length(request, config), budget)
+    length = _draft_length(request, config)
+    return ReDrafterOptions(str(directory), num_nodes, width, length, budget, config.fused_layers)
+
+
+def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    model_class, _ = target.registry.resolve_model_cls(target.architectures, model_config=target)
+    if not supports_eagle3(model_class):
+        raise NotImplementedError(
+            f"the drafter sees what leaves the layers {', '.join(map(str, fused_layers))}, which vLLM's "
+            f"{model_class.__name__} does not hand out (no EAGLE-3 interface): use a drafter without fused_layers"
+        )
 
 
 def _draft_length(request: dict[str, Any], config: ReDrafterConfig) -> int:

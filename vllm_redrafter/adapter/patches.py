@@ -130,6 +130,7 @@ CONTRACTS = (
     ),
     Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
     Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
+    Contract(_RUNNER, "GPUModelRunner._get_eagle3_aux_layers_from_config", ()),
     Contract(_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
     Contract(_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
     Contract(_RUNNER, "GPUModelRunner._calc_spec_decode_metadata", ("num_draft_tokens", "cu_num_scheduled_tokens")),
@@ -156,6 +157,7 @@ CONTRACTS = (
             "slot_mappings",
         ),
     ),
+    Contract("vllm.model_executor.models.interfaces", "SupportsEagle3.set_aux_hidden_state_layers", ("layers",)),
     Contract("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ()),
     Contract("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", ()),
     Contract(

@@ -93,7 +93,7 @@ class ReDrafterProposer:
     @torch.inference_mode()
     def search(
         self,
-        hidden: torch.Tensor,  # [batch, hidden_size]
+        hidden: torch.Tensor,  # [batch, input_size]
         init_ids: torch.Tensor,  # [batch]
         floor: float,
     ) -> Candidates:
@@ -120,7 +120,7 @@ class ReDrafterProposer:
 
 def search_seconds(proposer: ReDrafterProposer) -> float:
     """Return the time of a search for one request, the drafter's weights cold."""
-    hidden = torch.zeros(1, proposer.drafter.config.hidden_size)
+    hidden = torch.zeros(1, proposer.drafter.config.input_size)
     others = torch.ones(_EVICTED_BYTES // 4)
     seconds = []
     for _ in range(7):

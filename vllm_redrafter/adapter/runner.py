@@ -49,6 +49,7 @@ class TreeModelRunner(CPUModelRunner):
         # vLLM leaves min_p and logit_bias out when it speculates; our acceptance honours them
         processors = (MinPLogitsProcessor, LogitBiasLogitsProcessor, MinTokensLogitsProcessor)
         self.input_batch.logitsprocs = LogitsProcessors(kind(vllm_config, device, False) for kind in processors)
+        self.use_aux_hidden_state_outputs = bool(self.drafter.options.fused_layers)
         self.stats = Stats()
         self._verifier = Verifier(self.sampler)
         self._proposed: dict[str, DraftTree] = {}
@@ -73,6 +74,10 @@ class TreeModelRunner(CPUModelRunner):
     def describe(self) -> dict[str, Any]:
         """Return the statistics, and what the budget has learnt."""
         return self.stats.as_dict() | {"budgets": {} if self._budget is None else self._budget.as_dict()}
+
+    def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...]:
+        # vLLM counts the embeddings as 0: what leaves layer i is its i + 1
+        return tuple(layer + 1 for layer in self.drafter.options.fused_layers or ())
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Run the forward pass as vLLM does; its time tells the budget what a step costs."""
@@ -152,7 +157,7 @@ class TreeModelRunner(CPUModelRunner):
         outputs = self.input_batch.req_output_token_ids
         output, walk = self._verifier.verify(batch, logits, sampling_metadata, outputs, discarded)
         self._commit(walk)
-        self._last_rows = [row + nodes[-1] for row, nodes in zip(batch.logit_rows, walk.nodes, strict=True)]
+        self._last_rows = [row + nodes[-1] for row, nodes in zip(batch.root_rows, walk.nodes, strict=True)]
         self._count(walk, discarded)
         self.stats.verify_seconds += time.perf_counter() - started
         return output
@@ -218,6 +223,7 @@ class TreeModelRunner(CPUModelRunner):
         sampling_metadata: Any,
         hidden_states: torch.Tensor,
         sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
@@ -236,7 +242,8 @@ class TreeModelRunner(CPUModelRunner):
         parameters = [self.requests[request].sampling_params for request in request_ids]
         init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
         rows = torch.tensor([self._last_rows[index] for index in active])
-        candidates = self.drafter.search(sample_hidden_states[rows], init_ids, floor)
+        handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
+        candidates = self.drafter.search(handed_over, init_ids, floor)
         budgets = self._agreed_budgets(candidates, [is_greedy(each) for each in parameters])
         linear = [each.structured_outputs is not None for each in parameters]
         trees = self.drafter.trees(candidates, budgets, linear)

@@ -105,6 +105,11 @@ def grow_drafter(source: Path, output: Path, factor: int, *, keep_exit: bool = F
     drafter = checkpoint.load_drafter(source)
     _check_output(source, output)
     config = drafter.config
+    if config.fused_layers:
+        raise ValueError(
+            f"the drafter fuses the layers {config.fused_layers}, whose outputs have another scale in a wider target: "
+            "grow one without fused_layers"
+        )
     hidden = config.hidden_size
     # where an entry of the small drafter lies in the grown one, by the axis that it belongs to
     pair = [*range(hidden), *range(factor * hidden, factor * hidden + hidden)]

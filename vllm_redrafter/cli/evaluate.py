@@ -111,7 +111,11 @@ def _evaluate(arguments: argparse.Namespace, progress: Progress) -> tuple[list[A
     target, tokenizer = run.load_target(arguments.target, dtype=arguments.dtype)
     config = drafter.config
     checkpoint.check_against_target(
-        config, hidden_size=target.head_weight.shape[1], vocab_size=target.vocab_size, target=arguments.target
+        config,
+        hidden_size=target.head_weight.shape[1],
+        vocab_size=target.vocab_size,
+        num_layers=target.num_layers,
+        target=arguments.target,
     )
     if config.tie_lm_head:
         drafter.tie_head(target.head_weight)
@@ -135,7 +139,7 @@ def _evaluate(arguments: argparse.Namespace, progress: Progress) -> tuple[list[A
     for temperature in arguments.temperature:
         progress.say(f"the target answers {len(prompts)} prompts at temperature {temperature:g}")
         transcripts = transcribe(target, prompts, arguments.max_tokens, temperature=temperature)
-        held_out = evaluation.hold_out(target, transcripts)
+        held_out = evaluation.hold_out(target, transcripts, config.fused_layers)
         rows += evaluation.acceptance(drafter, held_out, own, budgets, temperature)
         chains = [budget for budget in budgets if budget <= own.length]
         if own.width > 1 and chains:

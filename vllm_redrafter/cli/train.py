@@ -54,6 +54,8 @@ def _add_model(group: Any) -> None:
     _add(group, "no-rnn", action="store_true", help="sum embeddings instead of running an RNN over them")
     _add(group, "draft-vocab-size", metavar="N", type=count, help="tokens that the head knows (default: all)")
     _add(group, "tie-head", action="store_true", help="use the target's own head")
+    layers = options.list_of(options.count)
+    _add(group, "fused-layers", metavar="N,...", type=layers, help="target layers it sees besides the last (from 0)")
     _add(group, "beam-width", metavar="N", type=count, help="beams searched by default (default: 4)")
     _add(group, "num-speculative-tokens", metavar="N", type=options.node_budget, help="tree nodes (default: 8)")
 
@@ -160,7 +162,7 @@ def _target(arguments: argparse.Namespace) -> str:
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what was given of the recipe, under the names of its fields."""
     names = (
-        *("exit_dim", "num_draft_layers", "draft_vocab_size", "beam_width", "num_speculative_tokens"),
+        *("exit_dim", "num_draft_layers", "draft_vocab_size", "fused_layers", "beam_width", "num_speculative_tokens"),
         *("loss", "num_offsets", "decay", "own_tokens", "max_length", "epochs", "max_steps", "batch_size"),
         *("gradient_accumulation", "learning_rate", "patience", "num_evaluations", "seed", "bf16"),
     )

@@ -47,6 +47,11 @@ def write_fields(config: ReDrafterConfig, directory: str) -> dict[str, Any]:
             f"{rule} a head that is the target's: store the target's lm_head.weight as "
             f"'lm_head.{config.num_draft_layers}.weight' and set tie_lm_head to false first"
         )
+    if config.fused_layers:
+        raise ValueError(
+            f"{rule} fused layers (it sees the outputs of {config.fused_layers} besides the last hidden state): "
+            "train a drafter without fused_layers"
+        )
     # a top_k beyond the vocabulary keeps all of it
     if min(config.top_k or config.vocab_size, config.vocab_size) != min(TOP_K, config.vocab_size):
         raise ValueError(

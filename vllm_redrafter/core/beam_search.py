@@ -33,7 +33,7 @@ class Candidates(NamedTuple):
 def search(
     drafter: ReDrafter,
     embed: Embed,
-    hidden: torch.Tensor,  # [batch, hidden_size]
+    hidden: torch.Tensor,  # [batch, input_size]
     init_ids: torch.Tensor,  # [batch]
     shape: BeamShape,
     num_candidates: int | None = None,
@@ -45,7 +45,7 @@ def search(
     live beams are kept, best first, and the best `shape.width` of those are the beams of the next depth.
 
     Args:
-        hidden: the target's last hidden state at the token before `init_ids`.
+        hidden: what `ReDrafter.start` takes, at the token before `init_ids`.
         num_candidates: candidates kept per depth; more than the width enlarges the choice of leaves at no extra cost.
         floor: cumulative log-probability that a beam must exceed for the search to go on; it ends when none does.
 

@@ -110,8 +110,10 @@ def save_as_apple(
     _write(directory, json.dumps(fields, indent=2, sort_keys=True) + "\n", state)
 
 
-def check_against_target(config: ReDrafterConfig, *, hidden_size: int, vocab_size: int, target: str) -> None:
-    """Refuse a drafter whose sizes are not those of the target.
+def check_against_target(
+    config: ReDrafterConfig, *, hidden_size: int, vocab_size: int, num_layers: int, target: str
+) -> None:
+    """Refuse a drafter whose sizes are not those of the target, or that sees layers which the target lacks.
 
     Args:
         vocab_size: the one in the target's config, which may be padded beyond its tokenizer's.
@@ -128,6 +130,8 @@ def check_against_target(config: ReDrafterConfig, *, hidden_size: int, vocab_siz
         )
         if ours != theirs
     ]
+    if config.fused_layers and config.fused_layers[-1] >= num_layers:
+        differences.append(f"fused_layers {config.fused_layers} where the target has {num_layers} layers")
     if differences:
         origin = f" (trained for {config.verifier!r})" if config.verifier else ""
         raise ValueError(

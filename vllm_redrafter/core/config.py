@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -24,6 +25,8 @@ class ReDrafterConfig(PretrainedConfig):
         draft_vocab_size: number of tokens the head knows, a subset of the target's; None for all of them.
         tie_lm_head: whether the head is the target's own; then `exit_dim` must equal `hidden_size`.
         top_k: candidates kept per beam before the softmax (Apple's models use 50); None keeps all.
+        fused_layers: the target's decoder layers, from 0 and ascending, whose outputs the drafter sees besides the last
+            hidden state; None for none, as in Apple's models.
         emb_norm: whether the checkpoint carries Apple's `emb_norm.weight`, which no forward pass has ever used.
         beam_width: beams searched by default.
         draft_length: tokens drafted per beam by default, the init token not counted.
@@ -48,6 +51,7 @@ class ReDrafterConfig(PretrainedConfig):
         draft_vocab_size: int | None = None,
         tie_lm_head: bool = False,
         top_k: int | None = None,
+        fused_layers: list[int] | None = None,
         emb_norm: bool = False,
         beam_width: int = 4,
         draft_length: int = 4,
@@ -73,6 +77,7 @@ class ReDrafterConfig(PretrainedConfig):
         self.draft_vocab_size = draft_vocab_size
         self.tie_lm_head = tie_lm_head
         self.top_k = top_k
+        self.fused_layers = fused_layers
         self.emb_norm = emb_norm
         self.beam_width = beam_width
         self.draft_length = draft_length
@@ -90,6 +95,11 @@ class ReDrafterConfig(PretrainedConfig):
     def has_input_proj(self) -> bool:
         """Whether `[context; state]` is projected before the residual blocks."""
         return self.exit_dim != 2 * self.hidden_size
+
+    @property
+    def input_size(self) -> int:
+        """Width of what the target hands over per token: its last hidden state, and the fused layers' outputs."""
+        return (1 + len(self.fused_layers or ())) * self.hidden_size
 
     def check(self) -> None:
         """Refuse a configuration that no drafter can be built from.
@@ -121,6 +131,11 @@ class ReDrafterConfig(PretrainedConfig):
             raise ValueError(
                 f"drafter config: top_k is {self.top_k!r}, but it must be a positive integer, or null to keep all"
             )
+        if self.fused_layers is not None and not _is_ascending(self.fused_layers):
+            raise ValueError(
+                f"drafter config: fused_layers is {self.fused_layers!r}, but it must hold distinct layer indices of 0 "
+                "or more in ascending order, or be null for none"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as written to `config.json`, with the blocks that `speculators` and vLLM look for."""
@@ -148,6 +163,12 @@ def check_num_nodes(num_nodes: int) -> None:
             f"num_speculative_tokens is {num_nodes!r}, but it must lie between 1 and {MAX_NODES}: "
             "a node's ancestors are kept in one 64-bit word"
         )
+
+
+def _is_ascending(layers: list[int]) -> bool:
+    if not layers or not all(_is_integer(layer) and layer >= 0 for layer in layers):
+        return False
+    return all(layer < following for layer, following in pairwise(layers))
 
 
 def _is_integer(value: object) -> bool:

@@ -13,7 +13,7 @@ number of forwards differs. Nothing here is tuned: the cache is copied at every 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from vllm_redrafter.core import acceptance, beam_search, token_tree
+from vllm_redrafter.core import acceptance, beam_search, layers, token_tree
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 from vllm_redrafter.core.token_tree import TokenTree
@@ -57,7 +57,7 @@ class Generation(NamedTuple):
 class Seen(NamedTuple):
     """What the target makes of the tokens that it was shown."""
 
-    hidden: torch.Tensor  # [tokens, hidden_size]: the input of the target's head, so after its final norm
+    hidden: torch.Tensor  # [tokens, input_size]: of the head, so after the final norm, then what left fused layers
     logits: torch.Tensor  # [tokens, vocab]: of the token that comes next
 
 
@@ -66,14 +66,17 @@ class Target:
 
     Args:
         max_length: tokens that the cache will ever hold.
+        fused_layers: layers whose outputs the drafter sees besides the last hidden state.
 
     Raises:
+        ValueError: the model has no such layer.
         NotImplementedError: the model keeps more than the keys and values of every token.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_length: int, fused_layers: Sequence[int] | None = None) -> None:
         _check_supported(model, max_length)
         self.model = model
+        self.fused_layers = fused_layers
         # the table's own rows: some models' embedding modules scale what they return, and serving engines do not
         embedding: Any = model.get_input_embeddings()
         self.embed: Embed = lambda token_ids: functional.embedding(token_ids, embedding.weight)
@@ -101,8 +104,8 @@ class Target:
         """Keep the keys and values of these nodes of the tree last verified, and forget the others."""
         context = torch.arange(self.num_cached, device=nodes.device)
         kept = torch.cat((context, self.num_cached + nodes))
-        layers: list[Any] = self.cache.layers
-        for layer in layers:  # keys and values: [1, heads, num_cached + 1 + N, head_dim]
+        cached: list[Any] = self.cache.layers
+        for layer in cached:  # keys and values: [1, heads, num_cached + 1 + N, head_dim]
             layer.keys, layer.values = layer.keys[..., kept, :], layer.values[..., kept, :]
         self.num_cached = len(kept)
 
@@ -127,16 +130,17 @@ class Target:
         heard: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
         try:
-            output = self.model(
-                input_ids=token_ids,
-                position_ids=position_ids,
-                attention_mask=mask,
-                past_key_values=self.cache,
-                use_cache=True,
-            )
+            with layers.outputs_of(self.model, self.fused_layers) as outputs:
+                output = self.model(
+                    input_ids=token_ids,
+                    position_ids=position_ids,
+                    attention_mask=mask,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
         finally:
             hook.remove()
-        return Seen(heard[0][0], output.logits[0])
+        return Seen(torch.cat((heard[0], *outputs), dim=-1)[0], output.logits[0])
 
 
 def generate(
@@ -166,7 +170,7 @@ def generate(
     num_nodes = drafter.config.num_speculative_tokens if num_nodes is None else num_nodes
     sample = sample or _most_probable
     with torch.inference_mode():
-        context = _open(target, input_ids, max_new_tokens)
+        context = _open(target, input_ids, max_new_tokens, drafter.config.fused_layers)
         context.lend_head(drafter)
         seen = context.read(input_ids)
         hidden, root = seen.hidden[-1:], sample(seen.logits[-1:])
@@ -208,7 +212,7 @@ def autoregressive(
 def _draft(
     drafter: ReDrafter,
     context: Target,
-    hidden: torch.Tensor,  # [1, hidden_size]
+    hidden: torch.Tensor,  # [1, input_size]
     root: torch.Tensor,  # [1]
     shape: BeamShape,
     num_nodes: int,
@@ -243,12 +247,14 @@ def _most_probable(logits: torch.Tensor) -> torch.Tensor:  # [rows, vocab] -> [r
     return logits.argmax(dim=-1)
 
 
-def _open(target: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int) -> Target:
+def _open(
+    target: PreTrainedModel, input_ids: torch.Tensor, max_new_tokens: int, fused_layers: Sequence[int] | None = None
+) -> Target:
     if input_ids.ndim != 1 or len(input_ids) == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, but it must be one prompt of at least 1 token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but it must be at least 1")
-    return Target(target, len(input_ids) + max_new_tokens)
+    return Target(target, len(input_ids) + max_new_tokens, fused_layers)
 
 
 def _check_supported(model: PreTrainedModel, max_length: int) -> None:

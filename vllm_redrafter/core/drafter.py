@@ -1,4 +1,4 @@
-"""The recurrent drafter: an RNN over token embeddings, conditioned on one hidden state of the target.
+"""The recurrent drafter: an RNN over token embeddings, conditioned on hidden states of the target.
 
 Equations: arXiv 2403.09919, section 3.1, as Apple's code has them. With h the target's last hidden state (after its
 final norm) at the last token whose keys and values are cached, E the target's embedding table without any scaling,
@@ -9,6 +9,14 @@ s_0 = 0 and g_0 the token that the target has just chosen:
     x   = [h; s_t], projected if exit_dim != 2 * hidden_size
     x   = x + SiLU(A_i x + a_i)                             for every residual block i
     logits of g_t = W_o x
+
+With `fused_layers`, the outputs l_1, ..., l_k of those layers at the same token join h; n scales each to a root mean
+square of 1, for they differ by orders of magnitude:
+
+    h   = h + F [n(l_1); ...; n(l_k)]
+
+That several layers tell more than the last one, and the name of F, `fc.weight`, come from EAGLE-3 (arXiv 2503.01840,
+section 3.1), whose F makes all of the context; here it adds to Apple's, and from F = 0 training starts at their model.
 
 The drafter owns neither E nor, when tied, W_o: both are lent by the target.
 """
@@ -26,6 +34,9 @@ from vllm_redrafter.core.config import ReDrafterConfig
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 """Maps token ids [...] to the target's input embeddings [..., hidden_size]."""
+
+_EPSILON = 1e-6
+"""Added to the mean square of a layer's output, whatever the precision: what is served is what was trained."""
 
 
 class DraftState(NamedTuple):
@@ -68,6 +79,10 @@ class ReDrafter(nn.Module):
         if config.rnn:
             self.rnn_u = nn.Linear(hidden, hidden)
             self.rnn_w: nn.Module = nn.Linear(hidden, hidden, bias=False)
+        if config.fused_layers:
+            # last, so that a seed gives the other tensors the same numbers with and without it
+            self.fc = nn.Linear(config.input_size - hidden, hidden, bias=False)
+            nn.init.zeros_(self.fc.weight)
         reduced = config.draft_vocab_size is not None
         self.register_buffer("d2t", torch.zeros(config.head_size, dtype=torch.int64) if reduced else None)
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool) if reduced else None)
@@ -127,8 +142,16 @@ class ReDrafter(nn.Module):
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def start(self, hidden: torch.Tensor) -> DraftState:  # [..., hidden_size]
-        """Return the state from which the tokens after g_0 are drafted."""
+    def start(self, hidden: torch.Tensor) -> DraftState:  # [..., input_size]
+        """Return the state from which the tokens after g_0 are drafted.
+
+        Args:
+            hidden: the target's last hidden state, and behind it what left the `fused_layers`.
+        """
+        if self.config.fused_layers:
+            size = self.config.hidden_size
+            outputs = hidden[..., size:].reshape(*hidden.shape[:-1], -1, size)
+            hidden = hidden[..., :size] + self.fc(functional.rms_norm(outputs, [size], eps=_EPSILON).flatten(-2))
         if self.config.has_input_proj:
             # [h; s] W = h W_h + s W_s, and h is the same for all beams and depths
             context = functional.linear(hidden, self.input_proj.weight[:, : hidden.shape[-1]], self.input_proj.bias)

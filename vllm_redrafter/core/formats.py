@@ -35,6 +35,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "draft_vocab_size": (int, NoneType),
     "tie_lm_head": (bool,),
     "top_k": (int, NoneType),
+    "fused_layers": (list, NoneType),
     "emb_norm": (bool,),
     "beam_width": (int,),
     "draft_length": (int,),

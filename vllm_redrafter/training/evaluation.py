@@ -51,12 +51,15 @@ class Acceptance(NamedTuple):
     """Share of the verifications that accept a draft at depth 1, 2, ..."""
 
 
-def hold_out(target: FrozenTarget, transcripts: Sequence[Transcript]) -> HeldOut:
-    """Return transcripts with the target's view of them."""
+def hold_out(
+    target: FrozenTarget, transcripts: Sequence[Transcript], fused_layers: Sequence[int] | None = None
+) -> HeldOut:
+    """Return transcripts with the target's view of them, for drafters that see these layers."""
     writings = []
     for each in transcripts:
         token_ids = each.token_ids.to(target.device)
-        writings.append(Writing(token_ids, target.hidden(token_ids), each.num_prompt_tokens, each.source))
+        hidden = target.hidden(token_ids, fused_layers)
+        writings.append(Writing(token_ids, hidden, each.num_prompt_tokens, each.source))
     return HeldOut(writings, target.embed)
 
 

@@ -82,6 +82,8 @@ def _what_it_is(config: ReDrafterConfig, num_parameters: int, target: str | None
         f"{config.num_draft_layers} residual block{'s' * (config.num_draft_layers != 1)} of {config.exit_dim}",
         head,
     ]
+    if config.fused_layers:
+        parts.append(f"fed by the target's layers {', '.join(map(str, config.fused_layers))} besides its last state")
     return (
         f"A recurrent drafter ([arXiv 2403.09919](https://arxiv.org/abs/2403.09919)) for {_target(target)}"
         f"{f', revision `{revision}`' if revision else ''}: with it "

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.core.layers import find_layers
 from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
 from vllm_redrafter.training.rollout import Objective
 from vllm_redrafter.training.target import FrozenTarget
@@ -34,6 +35,8 @@ class Recipe:
     draft_vocab_size: int | None = None
     """Tokens that the head knows, the most frequent ones of the data; None for the target's whole vocabulary."""
     tie_lm_head: bool = False
+    fused_layers: tuple[int, ...] = ()
+    """Layers of the target, counted from 0, whose outputs the drafter sees besides the last hidden state."""
     beam_width: int = 4
     num_speculative_tokens: int = 8
     max_length: int = 2048
@@ -81,10 +84,13 @@ def choose(base: Recipe, given: Mapping[str, Any], target: FrozenTarget) -> Reci
 
     Raises:
         ValueError: a sequence would be longer than the target's positions, or a field is out of range.
+        NotImplementedError: the target's layers cannot be listened to.
     """
     names = {name.name for name in fields(Objective)}
     objective = replace(base.objective, **{name: value for name, value in given.items() if name in names})
     recipe = replace(base, objective=objective, **{name: value for name, value in given.items() if name not in names})
+    if recipe.fused_layers:
+        find_layers(target.model, recipe.fused_layers)
     longest = target.max_length
     if longest is None or recipe.max_length <= longest:
         return recipe
@@ -106,6 +112,7 @@ def build_drafter(target: FrozenTarget, recipe: Recipe, vocabulary: DraftVocabul
         rnn=recipe.rnn,
         draft_vocab_size=None if vocabulary is None else len(vocabulary.target_ids),
         tie_lm_head=recipe.tie_lm_head,
+        fused_layers=sorted(recipe.fused_layers) or None,
         beam_width=recipe.beam_width,
         draft_length=recipe.objective.num_offsets,
         num_speculative_tokens=recipe.num_speculative_tokens,

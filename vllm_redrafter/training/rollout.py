@@ -166,7 +166,9 @@ class Rollout(nn.Module):
         if self.objective.loss == "ce":
             nothing = text.hidden.new_empty(0)
             return Expected(nothing, nothing, labels)
-        log_probs = self._target[0].log_probs(text.hidden[start + 1 : last + 1])  # [places, vocab_size]
+        # the last hidden state alone, not what left the fused layers
+        last_hidden = text.hidden[start + 1 : last + 1, : self.drafter.config.hidden_size]
+        log_probs = self._target[0].log_probs(last_hidden)  # [places, vocab_size]
         ids = self.drafter.target_ids()
         if ids is not None:
             log_probs = log_probs[:, ids]
@@ -175,7 +177,7 @@ class Rollout(nn.Module):
         return Expected(_windows(probs, num_offsets, size), _windows(entropy, num_offsets, size), labels)
 
     def _text(self, batch: Batch) -> _Text:
-        view = self._target[0].read(batch)
+        view = self._target[0].read(batch, self.drafter.config.fused_layers)
         beyond = self.objective.num_offsets + 1
         # a target in half precision, a drafter that is trained in full
         dtype = next(self.drafter.parameters()).dtype
@@ -213,7 +215,7 @@ def _num_in_top(
 class _Text(NamedTuple):
     """A batch as one row of tokens, with as much nothing behind it as the last position's offsets reach."""
 
-    hidden: torch.Tensor  # [tokens + num_offsets + 1, hidden_size]
+    hidden: torch.Tensor  # [tokens + num_offsets + 1, input_size]
     embeddings: torch.Tensor  # [tokens + num_offsets + 1, hidden_size]
     draft_ids: torch.Tensor  # [tokens + num_offsets + 1]: -1 for what cannot be drafted
     valid: torch.Tensor  # [num_offsets, tokens + num_offsets + 1]: by the token that is predicted

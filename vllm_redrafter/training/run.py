@@ -139,7 +139,9 @@ def train(
     if recipe.draft_vocab_size is not None:
         vocabulary = choose_draft_vocabulary(train_documents, recipe.draft_vocab_size, target.vocab_size)
     drafter = build_drafter(target, recipe, vocabulary, verifier)
-    held_out = hold_out(target, transcribe(target, prompts, answer_length)) if prompts else None
+    held_out = None
+    if prompts:
+        held_out = hold_out(target, transcribe(target, prompts, answer_length), drafter.config.fused_layers)
     stop = StopOnSignal()
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
     trainer = ReDrafterTrainer(

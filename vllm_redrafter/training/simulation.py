@@ -23,7 +23,7 @@ class Writing(NamedTuple):
     """A text of the target with the target's view of it."""
 
     token_ids: torch.Tensor  # [length]: prompt and answer
-    hidden: torch.Tensor  # [length, hidden_size]: the target's last hidden states
+    hidden: torch.Tensor  # [length, input_size]: what `ReDrafter.start` takes
     num_prompt_tokens: int
     source: str
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from vllm_redrafter.core import layers
 from vllm_redrafter.training.batch import Batch
 
 _PROBE_LENGTH = 16
@@ -18,7 +20,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 class TargetView(NamedTuple):
     """What a drafter is trained from; all of it without gradient."""
 
-    hidden: torch.Tensor  # [sequences, length, hidden_size]: what the target's head reads, after the final norm
+    hidden: torch.Tensor  # [sequences, length, input_size]: what its head reads, then what left the fused layers
     embeddings: torch.Tensor  # [sequences, length, hidden_size]: rows of the table, without any scaling
 
 
@@ -29,6 +31,7 @@ class FrozenTarget:
         self.model = model.eval().requires_grad_(False)
         config = model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
+        self.num_layers: int = config.num_hidden_layers
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self._decoder: Any = model.base_model
         head: Any = model.get_output_embeddings()
@@ -55,16 +58,24 @@ class FrozenTarget:
         self.model.to(device)
 
     @torch.no_grad()
-    def read(self, batch: Batch) -> TargetView:
+    def read(self, batch: Batch, fused_layers: Sequence[int] | None = None) -> TargetView:
         """Return the target's view of packed documents, none of which sees another."""
-        output = self._decoder(input_ids=batch.token_ids, position_ids=batch.position_ids, use_cache=False)
-        return TargetView(output.last_hidden_state, self.embed(batch.token_ids))
+        hidden = self._hidden(fused_layers, input_ids=batch.token_ids, position_ids=batch.position_ids)
+        return TargetView(hidden, self.embed(batch.token_ids))
 
     @torch.no_grad()
-    def hidden(self, token_ids: torch.Tensor) -> torch.Tensor:  # [length] -> [length, hidden_size]
-        """Return the last hidden states along one text."""
-        output = self._decoder(input_ids=token_ids[None], use_cache=False)
-        return output.last_hidden_state[0]
+    def hidden(
+        self,
+        token_ids: torch.Tensor,  # [length]
+        fused_layers: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Return the last hidden states along one text, and behind each what left the layers, [length, input_size]."""
+        return self._hidden(fused_layers, input_ids=token_ids[None])[0]
+
+    def _hidden(self, fused_layers: Sequence[int] | None, **inputs: torch.Tensor) -> torch.Tensor:
+        with layers.outputs_of(self.model, fused_layers) as outputs:
+            last: torch.Tensor = self._decoder(**inputs, use_cache=False).last_hidden_state
+        return torch.cat((last, *outputs), dim=-1) if outputs else last
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:  # [...] -> [..., hidden_size]
         """Return the rows of the embedding table: some models scale what they read from it, drafters do not."""
