@@ -1,7 +1,8 @@
 """The child process of `engine_process`: `python -m tests.engine.engine_worker FD`.
 
 Reads questions (an engine and a workload) as JSON lines from standard input, writes answers to the descriptor FD, and
-ends with its input. An engine stays until another one is asked for.
+ends with its input. An engine stays until another one is asked for. Where ENGINE_SETUP names a module, its `register`
+is called before an engine is made, with and without the plugin.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class _Server:
         self.shut_down()
         from vllm import LLM
 
+        if "ENGINE_SETUP" in os.environ:
+            importlib.import_module(os.environ["ENGINE_SETUP"]).register()
         self._llm = LLM(**keywords)
         self._keywords = keywords
 
