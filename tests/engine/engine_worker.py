@@ -82,6 +82,7 @@ class _Server:
             "num_engine_steps": num_steps,
             "seconds": seconds,
             "has_plugin": "vllm_redrafter" in sys.modules,
+            "is_async": self._llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
         }
 
     def _serve(self, requests: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], int]:
@@ -179,7 +180,9 @@ def _difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]
 def _mutation(name: str | None) -> contextlib.AbstractContextManager[None]:
     if name is None:
         return contextlib.nullcontext()
-    return getattr(importlib.import_module("tests.engine.mutations"), name)()
+    folder, _, function = name.rpartition(".")
+    package = f"tests.engine.{folder}" if folder else "tests.engine"
+    return getattr(importlib.import_module(f"{package}.mutations"), function)()
 
 
 if __name__ == "__main__":

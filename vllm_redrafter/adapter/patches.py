@@ -228,9 +228,7 @@ V2_CONTRACTS = (
     Contract(f"{_V2}.model_states.default", "DefaultModelState.apply_staged_writes", ()),
     Contract(f"{_V2}.model_states.interface", "ModelState.custom_sampler", ("sampler",)),
     Contract(f"{_V2}.model_states.interface", "ModelState.get_additional_cg_support", ()),
-    Contract(
-        f"{_V2}.model_states.interface", "ModelState.initialize_kv_cache", ("kv_cache_config", "block_tables")
-    ),
+    Contract(f"{_V2}.model_states.interface", "ModelState.initialize_kv_cache", ("kv_cache_config", "block_tables")),
     Contract(f"{_V2}.model_states.interface", "ModelState.postprocess_state", ("idx_mapping", "num_sampled")),
     Contract(
         f"{_V2}.spec_decode.speculator",

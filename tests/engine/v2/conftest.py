@@ -9,7 +9,7 @@ import torch
 from tests.engine import tiny_models
 from tests.engine.engine_process import ROOT, Engine
 
-SITE = '''"""Lets Triton interpret kernels in this process, vLLM's and ours: vLLM asks for a backend before it makes any."""
+SITE = '''"""Lets Triton interpret kernels in this process; vLLM asks for a backend before it makes any of its own."""
 import os
 from types import SimpleNamespace
 
@@ -19,6 +19,8 @@ from triton.backends import backends
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 '''
 OPTIONS = {
+    # refused where vLLM does not know a method to be fit for it
+    "async_scheduling": True,
     "max_model_len": 256,
     "max_num_batched_tokens": 64,
     "max_num_seqs": 4,

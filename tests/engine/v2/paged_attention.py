@@ -1,8 +1,9 @@
-"""A stock attention backend for CPUs with the KV cache of those for GPUs: what trees are put on top of in tests.
+"""What a GPU has and vLLM's CPU platform lacks: a KV cache as on GPUs, and async scheduling.
 
 FlashAttention, Triton's and FlashInfer's attention all keep keys and values side by side in
 [num_blocks, num_kv_heads, block_size, 2 * head_size]. vLLM's own CPU kernel does not. This one does, in plain torch,
-with and without the plugin, so that comparisons are between two engines of one stock backend.
+with and without the plugin, so that comparisons are between two engines of one stock backend. Async scheduling works
+under model runner V2 on a CPU too, but its platform turns it off.
 """
 
 from __future__ import annotations
@@ -11,13 +12,22 @@ import itertools
 from typing import Any
 
 import torch
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 
 def register() -> None:
-    """Put it in the place of vLLM's CPU backend, the only one that vLLM chooses on a CPU."""
+    """Put the backend in the place of vLLM's own, the only one that it chooses on a CPU, and keep async scheduling."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{PagedAttentionBackend.__name__}")
+    stock = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        stock(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
 
 
 class PagedAttentionBackend(CPUAttentionBackend):

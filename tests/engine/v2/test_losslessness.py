@@ -123,5 +123,21 @@ def test_requests_come_and_go_while_others_are_drafted_for(engines: EnginePool, 
 
 
 def test_the_plain_engine_knows_nothing_of_the_plugin(engines: EnginePool, v2_pair: V2Pair) -> None:
-    assert not engines.run(v2_pair.plain(), greedy(v2_pair)).has_plugin
-    assert engines.run(v2_pair.drafted(), resent(v2_pair, engines)).has_plugin
+    plain = engines.run(v2_pair.plain(), greedy(v2_pair))
+    drafted = engines.run(v2_pair.drafted(), resent(v2_pair, engines))
+
+    assert (plain.has_plugin, drafted.has_plugin) == (False, True)
+
+
+def test_async_scheduling_stays_on(engines: EnginePool, v2_pair: V2Pair) -> None:
+    assert engines.run(v2_pair.drafted(), resent(v2_pair, engines)).is_async
+
+
+def test_without_async_scheduling_the_text_is_the_same(engines: EnginePool, v2_pair: V2Pair) -> None:
+    workload = seeded(v2_pair, SAMPLED)
+
+    drafted = engines.run(v2_pair.drafted(async_scheduling=False), workload)
+
+    assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
+    assert not drafted.is_async
+    assert drafted.stats["num_accepted_tokens"] > 0
