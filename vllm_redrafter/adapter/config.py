@@ -25,7 +25,7 @@ CONFIG_KEY = "redrafter"
 WORKER_PATH = "vllm_redrafter.adapter.worker.ReDrafterCPUWorker"
 
 TESTED_VLLM = (Version("0.32.0"), Version("0.33"))
-"""The versions that the tests run: at least the first, below the second."""
+"""The versions that the tests run: at least the first, below the second; for model runner V2 see `v2.support`."""
 
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("platforms other than CPU and NVIDIA GPUs", "tree attention runs on vLLM's CPU kernels and on Triton for CUDA"),
@@ -207,10 +207,10 @@ def _refuse_unknown_keys(request: dict[str, Any]) -> None:
 
 def _check_vllm() -> None:
     version = _vllm_version()
-    first, end = TESTED_VLLM
+    first, end = support.VLLM_RANGE if support.uses_v2() else TESTED_VLLM
     if not first <= version < end:
         raise ValueError(
-            f"vLLM {version} is outside the range that vllm-redrafter is tested with (>={first}, <{end}): "
+            f"vLLM {version} is outside the range that vllm-redrafter is made for (>={first}, <{end}): "
             "install a version inside it, or run without speculation"
         )
     broken = [check for check in patches.check_contracts() if not check.ok]

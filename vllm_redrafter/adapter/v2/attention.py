@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
@@ -145,6 +146,8 @@ def _check(name: str, layer: Any) -> None:
             f"choose one of {', '.join(BACKENDS)} with --attention-backend"
         )
     found = {
+        # what a subclass masks is its own secret
+        f"{type(layer).__name__} layers": type(layer) is not Attention,
         "attention sinks": layer.has_sink,
         "ALiBi": getattr(layer.impl, "alibi_slopes", None) is not None,
         f"a KV cache of {layer.kv_cache_dtype}": layer.kv_cache_dtype

@@ -40,13 +40,13 @@ class TreeSpeculator(DraftModelSpeculator):
         num_nodes = self.options.num_speculative_tokens
         self.trees = TreeBuffers(self.max_num_reqs, num_nodes, device)
         self.step = Step()
-        self.is_linear = UvaBackedTensor(self.max_num_reqs, dtype=torch.bool)  # by request slot
+        self.is_linear = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
         self.drafts_chains_only = False
         self.cudagraph_manager: CudaGraphManager | None = None
         # what a draft reads and writes, in the order of the batch
         self._hidden = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
         self._init_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
-        self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.bool, device=device)
+        self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._drafted = DraftTrees(
             *(torch.zeros_like(self.trees.parents) for _ in DraftTrees._fields),
         )
@@ -57,7 +57,12 @@ class TreeSpeculator(DraftModelSpeculator):
         self.embed = loaded.embed
         millions = loaded.num_parameters / 1e6
         logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
-        # vLLM asks the target for it; the instance only, other engines have nothing to do with us
+        if hasattr(target_model, "get_model_state_cls"):
+            raise NotImplementedError(
+                f"{type(target_model).__name__} brings its own model state, which knows nothing of trees: "
+                "run without speculation"
+            )
+        # vLLM asks the target for it; this instance only, other engines have nothing to do with us
         target_model.get_model_state_cls = lambda: TreeModelState.of(self)  # type: ignore[assignment]
         return loaded.drafter
 
@@ -100,7 +105,7 @@ class TreeSpeculator(DraftModelSpeculator):
         torch.index_select(last_sampled[:, 0], 0, slots, out=self._init_ids[:num_requests])
         torch.index_select(self.is_linear.gpu, 0, slots, out=self._as_chain[:num_requests])
         if self.drafts_chains_only:
-            self._as_chain.fill_(True)
+            self._as_chain.fill_(1)
 
         assert self.cudagraph_manager is not None
         graph = self.cudagraph_manager.dispatch(num_requests, num_requests, 1, 0)
@@ -120,7 +125,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.embed,
             self._hidden[:num_requests],
             self._init_ids[:num_requests],
-            self._as_chain[:num_requests],
+            self._as_chain[:num_requests].bool(),
             self.options.shape,
             self.options.num_speculative_tokens,
         )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from packaging.version import Version
+
 METHOD = "ngram_gpu"
 """How our method is spelled under V2: of vLLM's closed list, the one that drafts on the device without a KV cache of
 its own, so that async scheduling stays on and no slots are reserved. Which speculator is built is our patch's doing."""
 
 EXTENSION_PATH = "vllm_redrafter.adapter.v2.worker.ReDrafterWorkerExtension"
+
+VLLM_RANGE = (Version("0.32.0"), Version("0.34"))
+"""At least the first, below the second: the tests run 0.32, the newest for CPUs, and 0.33 was compared with it."""
 
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("model runner V2 without Triton", "its kernels and ours are written in Triton"),
@@ -17,6 +22,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("FULL CUDA graphs of mixed batches", "a graph holds either trees or prefill, so choose FULL_AND_PIECEWISE"),
     ("prefill context parallelism", "the rows of a tree are spread over ranks"),
     ("batch-sharded sampling", "every rank must know all accepted paths"),
+    ("windows that grow with the prompt (R-SWA)", "tree attention knows windows of one size"),
     ("sampling masks", "they are recorded for chains of tokens only"),
 )
 
@@ -42,5 +48,6 @@ def found_unsupported(engine_args: Any, target: Any, parallel: Any) -> dict[str,
         "FULL CUDA graphs of mixed batches": graphs == CUDAGraphMode.FULL and not target.enforce_eager,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
+        "windows that grow with the prompt (R-SWA)": getattr(target, "rswa_window", None) is not None,
         "sampling masks": bool(getattr(target, "return_sampling_mask", False)),
     }
