@@ -85,7 +85,6 @@ def target_config(**changes: Any) -> SimpleNamespace:
         "is_encoder_decoder": False,
         "enforce_eager": False,
         "return_sampling_mask": False,
-        "rswa_window": None,
     }
     return SimpleNamespace(**(found | changes))
 
@@ -371,7 +370,6 @@ def v2(monkeypatch: pytest.MonkeyPatch) -> None:
 V2_CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("prefill context parallelism", {}, {"prefill_context_parallel_size": 2}, {}),
     ("batch-sharded sampling", {}, {"enable_batch_sharded_sampling": True}, {}),
-    ("windows that grow with the prompt (R-SWA)", {"rswa_window": 512}, {}, {}),
     ("sampling masks", {"return_sampling_mask": True}, {}, {}),
     (
         "FULL CUDA graphs of mixed batches",

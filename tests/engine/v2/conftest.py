@@ -54,7 +54,7 @@ def v2_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(SITE)
     return {
-        "ENGINE_SETUP": "tests.engine.v2.paged_attention",
+        "ENGINE_SETUP": "tests.engine.v2.stand_ins",
         "PYTHONPATH": f"{site}:{ROOT}",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
     }
@@ -70,7 +70,7 @@ def v2_pair(tmp_path_factory: pytest.TempPathFactory, v2_environment: Mapping[st
     prompts = tiny_models.token_prompts(PROMPT_LENGTHS)
     pair = V2Pair(
         tiny_models.save_target(model, directory / "target"),
-        tiny_models.save_trained_drafter(model, directory / "drafter", prompts, num_steps=150),
+        tiny_models.save_trained_drafter(model, directory / "drafter", prompts, num_steps=250),
         prompts,
         v2_environment,
     )

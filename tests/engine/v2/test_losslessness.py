@@ -52,8 +52,8 @@ def test_trees_are_accepted_deeply_and_off_their_first_path_and_rejected(engines
     stats = engines.run(v2_pair.drafted(), resent(v2_pair, engines)).stats
 
     assert stats["num_branching_trees"] > 10
-    assert stats["num_branch_acceptances"] > 3
-    assert stats["num_commits"] > 3
+    assert stats["num_branch_acceptances"] > 1
+    assert stats["num_commits"] > 1
     assert len(stats["accepted_by_depth"]) > 1
     assert 0 < stats["num_accepted_tokens"] < stats["num_draft_tokens"]
     assert stats["num_draft_tokens"] <= NUM_NODES * stats["num_drafts"]
@@ -83,7 +83,7 @@ def test_a_chain_has_no_branches(engines: EnginePool, v2_pair: V2Pair) -> None:
 def test_trees_that_the_scheduler_cuts_are_trees(engines: EnginePool, v2_pair: V2Pair) -> None:
     workload = greedy(v2_pair)
 
-    drafted = engines.run(v2_pair.drafted(max_num_batched_tokens=23), workload)
+    drafted = engines.run(v2_pair.drafted(max_num_batched_tokens=14), workload)
 
     assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
     assert drafted.stats["num_truncated_trees"] > 0
@@ -93,7 +93,7 @@ def test_trees_that_the_scheduler_cuts_are_trees(engines: EnginePool, v2_pair: V
 def test_requests_that_are_preempted_go_on_where_they_were(engines: EnginePool, v2_pair: V2Pair) -> None:
     workload = greedy(v2_pair, max_tokens=40)
 
-    drafted = engines.run(v2_pair.drafted(num_gpu_blocks_override=8), workload)
+    drafted = engines.run(v2_pair.drafted(max_model_len=192, num_gpu_blocks_override=8), workload)
 
     assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
     assert drafted.metrics["vllm:num_preemptions"] > 0

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 WORKLOADS: dict[str, Callable[[EnginePool, V2Pair], Workload]] = {
     "greedy": lambda engines, pair: resent(pair, engines),
     "seeded": lambda engines, pair: seeded(pair, SAMPLED),
-    "penalty": lambda engines, pair: options_workload(pair, LINEAR["repetition penalty"]),
+    "penalty": lambda engines, pair: options_workload(pair, LINEAR["negative penalties"]),
     "logprobs": lambda engines, pair: options_workload(pair, LOGPROBS["greedy"]),
 }
 

@@ -17,6 +17,7 @@ GREEDY = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
 SEEDED = {"temperature": 1.0, "max_tokens": 14, "ignore_eos": True, "seed": 5}
 
 LINEAR: dict[str, dict[str, Any]] = {
+    "negative penalties": {**GREEDY, "repetition_penalty": 0.5, "frequency_penalty": -1.5, "presence_penalty": -2.0},
     "repetition penalty": {**GREEDY, "repetition_penalty": 1.3},
     "frequency and presence penalties, sampled": {**SEEDED, "frequency_penalty": 0.6, "presence_penalty": 0.5},
 }

@@ -22,7 +22,6 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("FULL CUDA graphs of mixed batches", "a graph holds either trees or prefill, so choose FULL_AND_PIECEWISE"),
     ("prefill context parallelism", "the rows of a tree are spread over ranks"),
     ("batch-sharded sampling", "every rank must know all accepted paths"),
-    ("windows that grow with the prompt (R-SWA)", "tree attention knows windows of one size"),
     ("sampling masks", "they are recorded for chains of tokens only"),
 )
 
@@ -48,6 +47,5 @@ def found_unsupported(engine_args: Any, target: Any, parallel: Any) -> dict[str,
         "FULL CUDA graphs of mixed batches": graphs == CUDAGraphMode.FULL and not target.enforce_eager,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
-        "windows that grow with the prompt (R-SWA)": getattr(target, "rswa_window", None) is not None,
         "sampling masks": bool(getattr(target, "return_sampling_mask", False)),
     }

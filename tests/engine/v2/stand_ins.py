@@ -1,9 +1,10 @@
-"""What a GPU has and vLLM's CPU platform lacks: a KV cache as on GPUs, and async scheduling.
+"""Stand-ins for what a GPU has and vLLM's CPU platform, or Triton's interpreter, lacks.
 
 FlashAttention, Triton's and FlashInfer's attention all keep keys and values side by side in
-[num_blocks, num_kv_heads, block_size, 2 * head_size]. vLLM's own CPU kernel does not. This one does, in plain torch,
-with and without the plugin, so that comparisons are between two engines of one stock backend. Async scheduling works
-under model runner V2 on a CPU too, but its platform turns it off.
+[num_blocks, num_kv_heads, block_size, 2 * head_size]. vLLM's own CPU kernel does not. The backend here does, in plain
+torch, with and without the plugin, so that comparisons are between two engines of one stock backend. Async scheduling
+works under model runner V2 on a CPU too, but its platform turns it off. Two kernels of vLLM's cannot be interpreted:
+that for top-k and top-p, which vLLM has in torch too, and that for the masks of grammars.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import torch
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
 
 def register() -> None:
-    """Put the backend in the place of vLLM's own, the only one that it chooses on a CPU, and keep async scheduling."""
+    """Put the stand-ins in their places; the backend goes in that of vLLM's own, the only one it chooses on a CPU."""
+    topk_topp_sampler.HAS_TRITON = False
+    StructuredOutputsWorker.apply_grammar_bitmask = apply_grammar_bitmask
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{PagedAttentionBackend.__name__}")
     stock = CpuPlatform.check_and_update_config
 
@@ -28,6 +33,22 @@ def register() -> None:
         vllm_config.scheduler_config.async_scheduling = asked
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+
+
+def apply_grammar_bitmask(
+    self: StructuredOutputsWorker,
+    logits: torch.Tensor,
+    input_batch: Any,
+    grammar_req_ids: list[str],
+    grammar_bitmask: Any,  # [rows of these requests, words]
+) -> None:
+    """Forbid what the grammars forbid, row by row of every request in the order of its tokens."""
+    ends = input_batch.cu_num_logits_np.tolist()
+    requests = [input_batch.req_ids.index(name) for name in grammar_req_ids]
+    rows = [row for request in requests for row in range(ends[request], ends[request + 1])]
+    words = torch.from_numpy(grammar_bitmask)[: len(rows), :, None]
+    is_allowed = (words >> torch.arange(32) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))
 
 
 class PagedAttentionBackend(CPUAttentionBackend):
