@@ -279,6 +279,7 @@ V2_CONTRACTS = (
         "compute_topk_scores",
         ("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
     ),
+    Contract(f"{_V2}.spec_decode.rejection_sampler", "get_max_chunk_logits", ("vocab_size",)),
     Contract(f"{_V2}.sample.penalties", "use_penalty", ("sampling_params",)),
     Contract(
         f"{_V2}.input_batch",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2.step import Step
@@ -49,17 +51,7 @@ class TreeSampler:
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
         max_num_logprobs = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
         drafted = input_batch.input_ids[input_batch.logits_indices]
-        choices, processed = self.sampler.sample(
-            logits,
-            input_batch.expanded_idx_mapping,
-            input_batch.idx_mapping,
-            input_batch.idx_mapping_np,
-            self.positions[input_batch.logits_indices],
-            drafted,
-            input_batch.expanded_local_pos,
-            input_batch.seq_lens_cpu_upper_bound.numpy(),
-            return_logprobs=max_num_logprobs != NO_LOGPROBS,
-        )
+        choices, processed = self._draw(logits, input_batch, drafted, max_num_logprobs != NO_LOGPROBS)
         if invalid_drafts is not None:
             drafted = drafted.masked_fill(invalid_drafts, -1)
         rows = self._rows(input_batch)
@@ -85,6 +77,38 @@ class TreeSampler:
             num_sampled=num_sampled,
             num_rejected=num_rejected,
         )
+
+    def _draw(
+        self, logits: torch.Tensor, input_batch: Any, drafted: torch.Tensor, return_logprobs: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the target's token after every row, and the logits that they were drawn from.
+
+        Sampling may copy the logits in fp32, so there is a limit to the rows that are drawn at once. Requests are not
+        divided: vLLM's kernels count back to their first row.
+        """
+        ends, positions = input_batch.cu_num_logits_np, self.positions[input_batch.logits_indices]
+        most_rows = get_max_chunk_logits(logits.shape[1])
+        parts, start = [], 0
+        while start < input_batch.num_reqs:
+            end = max(start + 1, int(np.searchsorted(ends, ends[start] + most_rows, side="right")) - 1)
+            rows = slice(int(ends[start]), int(ends[end]))
+            part = self.sampler.sample(
+                logits[rows],
+                input_batch.expanded_idx_mapping[rows],
+                input_batch.idx_mapping[start:end],
+                input_batch.idx_mapping_np[start:end],
+                positions[rows],
+                drafted[rows],
+                input_batch.expanded_local_pos[rows],
+                input_batch.seq_lens_cpu_upper_bound[start:end].numpy(),
+                return_logprobs=return_logprobs,
+            )
+            parts.append(part)
+            start = end
+        if len(parts) == 1:
+            choices, processed = parts[0]
+            return choices, processed
+        return torch.cat([choices for choices, _ in parts]), torch.cat([processed for _, processed in parts])
 
     def _rows(self, input_batch: Any) -> torch.Tensor:
         """Return the logits row of every request's nodes, [num_reqs, 1 + N]; any row behind a request's last."""
