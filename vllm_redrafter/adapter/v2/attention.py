@@ -29,13 +29,13 @@ BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
 
 
 @functools.cache
-def tree_attention_class(stock: type) -> Any:
+def tree_attention_class(stock: Any) -> Any:
     """Return the subclass of a stock `AttentionImpl` that leaves the rows of trees to our kernel.
 
     It adds no slots, so that an object of the stock class can become one of it.
     """
 
-    class TreeAttention(stock):  # type: ignore[misc, valid-type]
+    class TreeAttention(stock):
         step: Step
         group: int  # KV cache group of the layer
         options: AttentionOptions
@@ -92,7 +92,8 @@ def attach(layers: Mapping[str, Any], step: Step) -> None:
     """
     for name, layer in layers.items():
         _check(name, layer)
-        layer.impl.__class__ = tree_attention_class(type(layer.impl))
+        stock: Any = type(layer.impl)
+        layer.impl.__class__ = tree_attention_class(stock)
         layer.impl.step = step
         is_quantised = is_quantized_kv_cache(layer.kv_cache_dtype)
         layer.impl.options = AttentionOptions(
