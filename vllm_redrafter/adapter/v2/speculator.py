@@ -47,21 +47,19 @@ class TreeSpeculator(DraftModelSpeculator):
         self._hidden = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
         self._init_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        self._drafted = DraftTrees(
-            *(torch.zeros_like(self.trees.parents) for _ in DraftTrees._fields),
-        )
+        self._drafted = DraftTrees(*(torch.zeros_like(self.trees.parents) for _ in DraftTrees._fields))
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         """Return the drafter, and name the model state that verifies its trees to vLLM."""
-        loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
-        self.embed = loaded.embed
-        millions = loaded.num_parameters / 1e6
-        logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
         if hasattr(target_model, "get_model_state_cls"):
             raise NotImplementedError(
                 f"{type(target_model).__name__} brings its own model state, which knows nothing of trees: "
                 "run without speculation"
             )
+        loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
+        self.embed = loaded.embed
+        millions = loaded.num_parameters / 1e6
+        logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
         # vLLM asks the target for it; this instance only, other engines have nothing to do with us
         target_model.get_model_state_cls = lambda: TreeModelState.of(self)  # type: ignore[assignment]
         return loaded.drafter
