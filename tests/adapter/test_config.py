@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.platforms
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from vllm import triton_utils
+from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.config import UNSUPPORTED, ReDrafterOptions, read_options, translate
 from vllm_redrafter.adapter.patches import PROPOSER_PATH, ContractCheck
+from vllm_redrafter.adapter.v2 import support
 from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -90,17 +95,31 @@ def target_config(**changes: Any) -> SimpleNamespace:
         "uses_mrope": False,
         "is_multimodal_model": False,
         "is_encoder_decoder": False,
+        "enforce_eager": False,
+        "return_sampling_mask": False,
     }
     return SimpleNamespace(**(found | changes))
 
 
 def parallel_config(**changes: Any) -> SimpleNamespace:
-    found = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "worker_cls": "auto"}
+    found = {
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "enable_batch_sharded_sampling": None,
+        "worker_cls": "auto",
+        "worker_extension_cls": "",
+    }
     return SimpleNamespace(**(found | changes))
 
 
 def engine_args(request: dict[str, Any], **changes: Any) -> SimpleNamespace:
-    found = {"speculative_config": request, "additional_config": None, "kv_transfer_config": None}
+    found = {
+        "speculative_config": request,
+        "additional_config": None,
+        "kv_transfer_config": None,
+        "compilation_config": CompilationConfig(),
+    }
     return SimpleNamespace(**(found | changes))
 
 
@@ -378,25 +397,122 @@ def test_fused_layers_that_the_target_lacks_are_refused(fused_drafter: str) -> N
         options_for({"model": fused_drafter}, get_total_num_hidden_layers=lambda: 3)
 
 
-def test_runner_v2_is_refused(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model runner V2, which a CPU has under Triton's interpreter."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
 
-    with pytest.raises(NotImplementedError, match="does not support model runner V2, because"):
+
+V2_CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("prefill context parallelism", {}, {"prefill_context_parallel_size": 2}, {}),
+    ("batch-sharded sampling", {}, {"enable_batch_sharded_sampling": True}, {}),
+    ("sampling masks", {"return_sampling_mask": True}, {}, {}),
+    (
+        "FULL CUDA graphs of mixed batches",
+        {},
+        {},
+        {"compilation_config": CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("feature", "target", "parallel", "arguments"), V2_CASES)
+def test_a_combination_that_v2_does_not_do_is_refused_there(
+    v2: None, drafter: str, feature: str, target: dict[str, Any], parallel: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    made = engine_args({"method": "redrafter", "model": drafter}, **arguments)
+    reason = dict(UNSUPPORTED)[feature]
+
+    with pytest.raises(NotImplementedError, match=re.escape(f"does not support {feature}, because {reason}")):
+        translate(made, target_config(**target), parallel_config(**parallel))
+
+
+def test_graphs_are_no_matter_where_none_are_captured(v2: None, drafter: str) -> None:
+    full = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL)
+    arguments = engine_args({"method": "redrafter", "model": drafter}, compilation_config=full)
+
+    assert translate(arguments, target_config(enforce_eager=True), parallel_config())["method"] == "ngram_gpu"
+
+
+def test_runner_v2_gets_a_method_that_it_knows_and_an_extension_of_its_worker(v2: None, drafter: str) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter, "num_speculative_tokens": 4})
+    parallel = parallel_config()
+
+    translated = translate(arguments, target_config(), parallel)
+
+    assert translated == {"method": "ngram_gpu", "model": PROPOSER_PATH, "num_speculative_tokens": 4}
+    assert patches.is_redrafter(SimpleNamespace(**translated))
+    assert (parallel.worker_cls, parallel.worker_extension_cls) == ("auto", support.EXTENSION_PATH)
+    assert ReDrafterOptions.of(arguments).budget == "fixed"
+
+
+def test_fused_layers_are_refused_under_v2(v2: None, fused_drafter: str) -> None:
+    with pytest.raises(NotImplementedError) as raised:
+        options_for({"model": fused_drafter})
+
+    assert str(raised.value) == (
+        "the drafter sees what leaves the layers 0, 3, which is not built for model runner V2: use a drafter without "
+        "fused_layers"
+    )
+
+
+def test_an_automatic_budget_is_refused_under_v2(v2: None, drafter: str) -> None:
+    with pytest.raises(ValueError, match='budget is "auto", but model runner V2 verifies num_speculative_tokens nodes'):
+        options_for({"model": drafter, "budget": "auto"})
+
+
+def test_runner_v2_needs_triton(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", False)
+
+    with pytest.raises(NotImplementedError, match="does not support model runner V2 without Triton, because"):
+        options_for({"model": drafter})
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    found = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: True, has_device_capability=lambda least: capability >= least
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", found)
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
+
+
+def test_a_gpu_runs_v2_by_default(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 90)
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+
+    assert options_for({"model": drafter}).budget == "fixed"
+
+
+def test_runner_v1_is_refused_on_a_gpu(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 90)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+    with pytest.raises(NotImplementedError, match="model runner V1 on a GPU, because V2 is the default there"):
+        options_for({"model": drafter})
+
+
+def test_old_gpus_are_refused(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, 75)
+
+    with pytest.raises(NotImplementedError, match="does not support GPUs below sm_80, because the kernels are"):
         options_for({"model": drafter})
 
 
 def test_other_platforms_are_refused(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm.platforms
+    found = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, has_device_capability=lambda least: False)
+    monkeypatch.setattr(vllm.platforms, "current_platform", found)
 
-    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-
-    with pytest.raises(NotImplementedError, match="does not support platforms other than CPU, because"):
+    with pytest.raises(NotImplementedError, match="does not support platforms other than CPU and NVIDIA GPUs, because"):
         options_for({"model": drafter})
 
 
 def test_each_unsupported_feature_has_its_check_here() -> None:
     [parametrize] = test_a_combination_that_we_do_not_do_is_refused_with_the_reason.pytestmark  # type: ignore[attr-defined]
-    tested = {case[0] for case in parametrize.args[1]} | {"model runner V2", "platforms other than CPU"}
+    tested = {case[0] for case in [*parametrize.args[1], *V2_CASES]}
+    tested |= {"model runner V2 without Triton", "model runner V1 on a GPU", "GPUs below sm_80"}
+    tested |= {"platforms other than CPU and NVIDIA GPUs"}
 
     assert tested == {feature for feature, _ in UNSUPPORTED}
 
@@ -406,6 +522,22 @@ def test_a_worker_of_the_users_own_is_refused(drafter: str) -> None:
 
     with pytest.raises(NotImplementedError, match=r"brings its own worker, but worker_cls is 'my\.Worker'"):
         translate(arguments, target_config(), parallel_config(worker_cls="my.Worker"))
+
+
+def test_a_worker_extension_of_the_users_own_is_refused_under_v2(v2: None, drafter: str) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter})
+
+    with pytest.raises(NotImplementedError, match=r"its own worker, but worker_extension_cls is 'my\.Extension'"):
+        translate(arguments, target_config(), parallel_config(worker_extension_cls="my.Extension"))
+
+
+def test_runner_v2_takes_one_more_version(v2: None, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_vllm_version", lambda: Version("0.33.1"))
+    assert options_for({"model": drafter}).model == drafter
+
+    monkeypatch.setattr(config, "_vllm_version", lambda: Version("0.34.0"))
+    with pytest.raises(ValueError, match=r"vLLM 0\.34\.0 is outside the range.*>=0\.32\.0, <0\.34"):
+        options_for({"model": drafter})
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0", "0.32.0rc1"])

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from vllm_redrafter.adapter import config, patches
-from vllm_redrafter.adapter.patches import CONTRACTS, PATCHES, PROPOSER_PATH, Contract, ContractCheck, Patch
+from vllm_redrafter.adapter.patches import (
+    CONTRACTS,
+    PATCHES,
+    PROPOSER_PATH,
+    V2_CONTRACTS,
+    Contract,
+    ContractCheck,
+    Patch,
+)
 from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -65,8 +73,17 @@ def test_the_installed_vllm_is_as_we_know_it() -> None:
     assert {check.reason for check in checks} == {"as known"}
 
 
+def test_the_installed_vllm_is_as_we_know_it_under_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+    checks = patches.check_contracts()
+
+    assert [check for check in checks if not check.ok] == []
+    assert len(checks) == len(V2_CONTRACTS)
+
+
 def test_everything_that_is_wrapped_has_a_contract_and_a_reason() -> None:
-    names = {(contract.module, contract.qualified_name) for contract in CONTRACTS}
+    names = {(contract.module, contract.qualified_name) for contract in (*CONTRACTS, *V2_CONTRACTS)}
 
     for patch in PATCHES:
         assert (patch.module, f"{patch.owner}.{patch.name}".lstrip(".")) in names
@@ -77,10 +94,12 @@ def test_everything_that_is_wrapped_has_a_contract_and_a_reason() -> None:
 def test_every_method_that_our_classes_override_has_a_contract() -> None:
     from vllm_redrafter.adapter.attention import TreeAttentionImpl
     from vllm_redrafter.adapter.runner import TreeModelRunner
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
     from vllm_redrafter.adapter.worker import ReDrafterCPUWorker
 
-    known = {contract.qualified_name.split(".")[-1] for contract in CONTRACTS}
-    for ours in (TreeAttentionImpl, TreeModelRunner, ReDrafterCPUWorker):
+    known = {contract.qualified_name.split(".")[-1] for contract in (*CONTRACTS, *V2_CONTRACTS)}
+    for ours in (TreeAttentionImpl, TreeModelRunner, ReDrafterCPUWorker, TreeModelState, TreeSpeculator):
         overridden = {
             name
             for name, member in vars(ours).items()
@@ -290,6 +309,15 @@ def test_vllm_refuses_min_p_with_other_drafters_and_takes_it_with_ours() -> None
             validate(parameters, SimpleNamespace(model="ngram"))
         validate(parameters, SimpleNamespace(model=PROPOSER_PATH))
         validate(parameters, None)
+
+
+def test_other_methods_get_vllms_own_speculator() -> None:
+    recorder = Recorder()
+    init = wrapped("init_speculator", recorder.method())
+    theirs = SimpleNamespace(speculative_config=SimpleNamespace(model="ngram_gpu"))
+
+    assert init(theirs, "device", "states") is recorder.result
+    assert recorder.calls == [(theirs, "device", "states")]
 
 
 def test_the_path_of_the_proposer_leads_to_a_class_that_vllm_can_build() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tests.adapter.trees import draft_tree
+from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter import proposer as proposer_module
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
@@ -182,7 +183,7 @@ def stored(directory: Path, **changes: Any) -> ReDrafterOptions:
 def test_the_drafter_is_loaded_in_the_targets_precision_and_borrows_its_embedding(
     tmp_path: Path, dtype: torch.dtype, one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proposer_module, "_MOST_FOLDED", 0)
+    monkeypatch.setattr(loading, "_MOST_FOLDED", 0)
     proposer = proposer_of(stored(tmp_path), dtype)
     target = vllm_target(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
 
@@ -288,7 +289,7 @@ def test_the_time_of_a_search_is_measured_on_the_drafter_at_hand(tmp_path: Path)
 def test_a_small_embedding_table_is_folded_and_drafts_the_same(
     most_folded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proposer_module, "_MOST_FOLDED", most_folded)
+    monkeypatch.setattr(loading, "_MOST_FOLDED", most_folded)
     proposer, table = proposer_of(stored(tmp_path)), torch.randn(VOCAB, HIDDEN)
     hidden, init_ids = inputs()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from importlib import metadata
@@ -30,11 +31,17 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     modules = {
         "vllm": types.SimpleNamespace(__version__="0.32.0"),
         "vllm.platforms": types.SimpleNamespace(
-            current_platform=types.SimpleNamespace(is_cpu=lambda: True, device_name="cpu")
+            current_platform=types.SimpleNamespace(is_cpu=lambda: True, is_cuda=lambda: False, device_name="cpu")
         ),
+        "vllm.triton_utils": types.SimpleNamespace(HAS_TRITON=False),
         "vllm_redrafter.adapter": types.SimpleNamespace(),
         "vllm_redrafter.adapter.config": types.SimpleNamespace(
             TESTED_VLLM=(Version("0.32.0"), Version("0.33")), UNSUPPORTED=(("flying", "it has no wings"),)
+        ),
+        "vllm_redrafter.adapter.v2": types.SimpleNamespace(),
+        "vllm_redrafter.adapter.v2.support": types.SimpleNamespace(
+            uses_v2=lambda: os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+            VLLM_RANGE=(Version("0.32.0"), Version("0.34")),
         ),
         "vllm_redrafter.adapter.patches": types.SimpleNamespace(check_contracts=lambda: CONTRACTS),
     }
@@ -165,6 +172,21 @@ def test_without_vllm_the_rest_is_still_reported(
     problems = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
     assert problems[0] == "vLLM: not installed"
     assert problems[1].startswith("vllm imports: ModuleNotFoundError")
+
+
+def test_a_gpu_runs_v2_on_one_more_version(healthy: dict[str, Any]) -> None:
+    modules = healthy["modules"]
+    modules["vllm.platforms"].current_platform = types.SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: True, device_name="H200"
+    )
+    modules["vllm.triton_utils"].HAS_TRITON = True
+    modules["vllm_redrafter.adapter.v2.support"].uses_v2 = lambda: True
+    healthy["versions"] |= {"vllm": "0.33.0"}
+
+    assert set(states().values()) <= {OK, NOTE}
+    found = {finding.name: finding.found for finding in environment.examine()}
+    assert (found["platform"], found["model runner"]) == ("CUDA, H200", "V2")
+    assert "Triton" in found["attention"]
 
 
 def test_another_platform_is_a_problem(healthy: dict[str, Any]) -> None:

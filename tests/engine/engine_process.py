@@ -95,7 +95,8 @@ class Workload:
 
     requests: Sequence[Request]
     mutation: str | None = None
-    """A function of `tests.engine.mutations` that breaks the adapter for the time of this workload."""
+    """A function of `tests.engine.mutations` that breaks the adapter for the time of this workload; "v2.name" is one of
+    `tests.engine.v2.mutations`."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Result:
     seconds: float
     has_plugin: bool
     """Whether anything of ours was imported in the engine's process."""
+    is_async: bool
+    """Whether steps are scheduled before the ones before them have ended."""
 
     def token_ids(self) -> list[list[list[int]] | None]:
         """Return the tokens of every sample of every request."""

@@ -1,7 +1,8 @@
 """The child process of `engine_process`: `python -m tests.engine.engine_worker FD`.
 
 Reads questions (an engine and a workload) as JSON lines from standard input, writes answers to the descriptor FD, and
-ends with its input. An engine stays until another one is asked for.
+ends with its input. An engine stays until another one is asked for. Where ENGINE_SETUP names a module, its `register`
+is called before an engine is made, with and without the plugin.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class _Server:
         self.shut_down()
         from vllm import LLM
 
+        if "ENGINE_SETUP" in os.environ:
+            importlib.import_module(os.environ["ENGINE_SETUP"]).register()
         self._llm = LLM(**keywords)
         self._keywords = keywords
 
@@ -79,6 +82,7 @@ class _Server:
             "num_engine_steps": num_steps,
             "seconds": seconds,
             "has_plugin": "vllm_redrafter" in sys.modules,
+            "is_async": self._llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
         }
 
     def _serve(self, requests: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], int]:
@@ -176,7 +180,9 @@ def _difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]
 def _mutation(name: str | None) -> contextlib.AbstractContextManager[None]:
     if name is None:
         return contextlib.nullcontext()
-    return getattr(importlib.import_module("tests.engine.mutations"), name)()
+    folder, _, function = name.rpartition(".")
+    package = f"tests.engine.{folder}" if folder else "tests.engine"
+    return getattr(importlib.import_module(f"{package}.mutations"), function)()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
     original = getattr(owner, name)
     setattr(owner, name, wrap(original))
     try:
@@ -25,7 +25,7 @@ def drop_the_commit() -> Iterator[None]:
     """Leave accepted branches where they are: their slots keep the keys and values of the first path."""
     from vllm_redrafter.adapter import attention
 
-    with _replaced(attention, "commit", lambda original: lambda *arguments: None):
+    with replaced(attention, "commit", lambda original: lambda *arguments: None):
         yield
 
 
@@ -44,7 +44,7 @@ def leave_positions_linear() -> Iterator[None]:
 
         return prepare
 
-    with _replaced(TreeModelRunner, "_prepare_inputs", wrap):
+    with replaced(TreeModelRunner, "_prepare_inputs", wrap):
         yield
 
 
@@ -56,7 +56,7 @@ def drop_the_path_writes() -> Iterator[None]:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: None
 
-    with _replaced(attention.TreeAttentionImpl, "_write", wrap):
+    with replaced(attention.TreeAttentionImpl, "_write", wrap):
         yield
 
 
@@ -73,7 +73,7 @@ def attend_to_every_earlier_node() -> Iterator[None]:
 
         return add_rounds
 
-    with _replaced(attention, "add_rounds", wrap):
+    with replaced(attention, "add_rounds", wrap):
         yield
 
 
@@ -89,7 +89,7 @@ def draft_from_the_neighbours_state() -> Iterator[None]:
 
         return propose
 
-    with _replaced(TreeModelRunner, "propose_draft_token_ids", wrap):
+    with replaced(TreeModelRunner, "propose_draft_token_ids", wrap):
         yield
 
 
@@ -101,7 +101,7 @@ def draft_trees_for_grammars() -> Iterator[None]:
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, candidates, budgets, linear: original(self, candidates, budgets, [False] * len(linear))
 
-    with _replaced(ReDrafterProposer, "trees", wrap):
+    with replaced(ReDrafterProposer, "trees", wrap):
         yield
 
 
@@ -118,7 +118,7 @@ def hide_accepted_tokens_from_the_sampler() -> Iterator[None]:
 
         return append_accepted
 
-    with _replaced(_SamplerDraw, "_append_accepted", wrap):
+    with replaced(_SamplerDraw, "_append_accepted", wrap):
         yield
 
 
@@ -135,7 +135,7 @@ def draw_behind_the_end() -> Iterator[None]:
 
         return append_accepted
 
-    with _replaced(_SamplerDraw, "_append_accepted", wrap):
+    with replaced(_SamplerDraw, "_append_accepted", wrap):
         yield
 
 
@@ -158,7 +158,7 @@ def give_drafts_a_second_chance() -> Iterator[None]:
 
         return walk
 
-    with _replaced(verification, "walk", wrap):
+    with replaced(verification, "walk", wrap):
         yield
 
 
@@ -199,7 +199,7 @@ def expect_the_states_of_training() -> Iterator[None]:
         return search
 
     with (
-        _replaced(TreeModelRunner, "propose_draft_token_ids", wrap_propose),
-        _replaced(ReDrafterProposer, "search", wrap_search),
+        replaced(TreeModelRunner, "propose_draft_token_ids", wrap_propose),
+        replaced(ReDrafterProposer, "search", wrap_search),
     ):
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from packaging.version import Version
 from vllm.logger import init_logger
 
 from vllm_redrafter.adapter import patches
+from vllm_redrafter.adapter.v2 import support
 from vllm_redrafter.core import checkpoint, hub
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.config import ReDrafterConfig, check_num_nodes
@@ -25,10 +25,11 @@ CONFIG_KEY = "redrafter"
 WORKER_PATH = "vllm_redrafter.adapter.worker.ReDrafterCPUWorker"
 
 TESTED_VLLM = (Version("0.32.0"), Version("0.33"))
-"""The versions that the tests run: at least the first, below the second."""
+"""The versions that the tests run: at least the first, below the second; for model runner V2 see `v2.support`."""
 
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    ("platforms other than CPU", "tree attention runs on vLLM's CPU kernels only so far"),
+    ("platforms other than CPU and NVIDIA GPUs", "tree attention runs on vLLM's CPU kernels and on Triton for CUDA"),
+    ("model runner V1 on a GPU", "V2 is the default there: unset VLLM_USE_V2_MODEL_RUNNER"),
     ("pipeline parallelism", "only the last stage learns the accepted path, so the others cannot keep its KV rows"),
     ("decode context parallelism", "the keys and values of a path are spread over ranks"),
     ("MLA (DeepSeek-like) targets", "their latent KV cache has another layout and kernel"),
@@ -37,7 +38,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("encoder-decoder targets", "cross-attention rows are not part of the tree"),
     ("cross-layer KV sharing", "a layer without keys of its own cannot write the branches of a tree"),
     ("KV connectors", "they save keys and values before the accepted path is known"),
-    ("model runner V2", "it is vLLM's runner for GPUs; CPUs run V1"),
+    *support.UNSUPPORTED,
 )
 
 
@@ -73,13 +74,13 @@ _KEYS = ("method", "model", "revision", "num_speculative_tokens", "beam_width", 
 
 
 def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
-    """Return the speculative config with which vLLM loads our proposer, and arrange for our worker.
+    """Return the speculative config that leads vLLM to us, and arrange for what we need in its workers.
 
     Args:
         engine_args: vLLM's `EngineArgs`, whose `speculative_config` names the method `redrafter`; our options go into
             its `additional_config`, which reaches every process.
         target: the target's `ModelConfig`.
-        parallel: its `ParallelConfig`; the worker class is set there.
+        parallel: its `ParallelConfig`; the worker class, or under V2 an extension of it, is set there.
 
     Raises:
         ValueError: the request is wrong; one sentence says what and what to do.
@@ -92,9 +93,14 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
     options = read_options(request, target)
 
     engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: asdict(options)}
-    parallel.worker_cls = WORKER_PATH
+    if support.uses_v2():
+        parallel.worker_extension_cls = support.EXTENSION_PATH
+        method = support.METHOD
+    else:
+        parallel.worker_cls = WORKER_PATH
+        method = "custom_class"
     return {
-        "method": "custom_class",
+        "method": method,
         "model": patches.PROPOSER_PATH,
         "num_speculative_tokens": options.num_speculative_tokens,
     }
@@ -156,9 +162,7 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
 
     num_nodes = request.get("num_speculative_tokens", config.num_speculative_tokens)
     check_num_nodes(num_nodes)
-    budget = request.get("budget", "auto")
-    if budget not in ("auto", "fixed"):
-        raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
+    budget = _budget(request)
     width = _positive(request, "beam_width", config.beam_width)
     length = _draft_length(request, config)
     return ReDrafterOptions(str(directory), num_nodes, width, length, budget, config.fused_layers)
@@ -167,11 +171,14 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
 def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:
     from vllm.model_executor.models.interfaces import supports_eagle3
 
+    sees = f"the drafter sees what leaves the layers {', '.join(map(str, fused_layers))}, which"
+    if support.uses_v2():
+        raise NotImplementedError(f"{sees} is not built for model runner V2: use a drafter without fused_layers")
     model_class, _ = target.registry.resolve_model_cls(target.architectures, model_config=target)
     if not supports_eagle3(model_class):
         raise NotImplementedError(
-            f"the drafter sees what leaves the layers {', '.join(map(str, fused_layers))}, which vLLM's "
-            f"{model_class.__name__} does not hand out (no EAGLE-3 interface): use a drafter without fused_layers"
+            f"{sees} vLLM's {model_class.__name__} does not hand out (no EAGLE-3 interface): use a drafter without "
+            "fused_layers"
         )
 
 
@@ -194,6 +201,19 @@ def _draft_length(request: dict[str, Any], config: ReDrafterConfig) -> int:
     return length
 
 
+def _budget(request: dict[str, Any]) -> str:
+    is_v2 = support.uses_v2()
+    budget = request.get("budget", "fixed" if is_v2 else "auto")
+    if budget not in ("auto", "fixed"):
+        raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
+    if is_v2 and budget == "auto":
+        raise ValueError(
+            'budget is "auto", but model runner V2 verifies num_speculative_tokens nodes at every step, which its CUDA '
+            'graphs are made for: leave it out, or say "fixed"'
+        )
+    return str(budget)
+
+
 def _positive(request: dict[str, Any], key: str, default: int) -> int:
     value = request.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -211,10 +231,10 @@ def _refuse_unknown_keys(request: dict[str, Any]) -> None:
 
 def _check_vllm() -> None:
     version = _vllm_version()
-    first, end = TESTED_VLLM
+    first, end = support.VLLM_RANGE if support.uses_v2() else TESTED_VLLM
     if not first <= version < end:
         raise ValueError(
-            f"vLLM {version} is outside the range that vllm-redrafter is tested with (>={first}, <{end}): "
+            f"vLLM {version} is outside the range that vllm-redrafter is made for (>={first}, <{end}): "
             "install a version inside it, or run without speculation"
         )
     broken = [check for check in patches.check_contracts() if not check.ok]
@@ -242,8 +262,10 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
 
     reasons = dict(UNSUPPORTED)
     text_config = target.hf_text_config
+    is_v2 = support.uses_v2()
     found = {
-        "platforms other than CPU": not current_platform.is_cpu(),
+        "platforms other than CPU and NVIDIA GPUs": not (current_platform.is_cpu() or current_platform.is_cuda()),
+        "model runner V1 on a GPU": current_platform.is_cuda() and not is_v2,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "MLA (DeepSeek-like) targets": target.use_mla,
@@ -252,7 +274,7 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
         "encoder-decoder targets": target.is_encoder_decoder,
         "cross-layer KV sharing": bool(getattr(text_config, "num_kv_shared_layers", 0)),
         "KV connectors": engine_args.kv_transfer_config is not None,
-        "model runner V2": os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+        **(support.found_unsupported(engine_args, target, parallel) if is_v2 else {}),
     }
     for feature, present in found.items():
         if present:
@@ -260,7 +282,9 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
                 f"redrafter does not support {feature}, because {reasons[feature]}: "
                 "run without speculation, or without this feature"
             )
-    if parallel.worker_cls != "auto":
+    brought = "worker_extension_cls" if is_v2 else "worker_cls"
+    given = getattr(parallel, brought)
+    if given not in ("auto", ""):
         raise NotImplementedError(
-            f"redrafter brings its own worker, but worker_cls is {parallel.worker_cls!r}: leave one of the two out"
+            f"redrafter brings its own worker, but {brought} is {given!r}: leave one of the two out"
         )

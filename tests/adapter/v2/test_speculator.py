@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.config.compilation import CUDAGraphMode
+
+from vllm_redrafter.adapter.config import ReDrafterOptions
+from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
+from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+from vllm_redrafter.adapter.v2.step import Step
+from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
+
+HIDDEN, VOCAB, MAX_REQUESTS, NUM_NODES = 16, 24, 4, 6
+
+
+class Graphs:
+    """CUDA graphs of some sizes: a replay runs what was captured, on whatever its buffers hold by then."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+        self.captured: dict[int, Callable[[Any], None]] = {}
+        self.num_replays = 0
+
+    def capture(self, create_forward_fn: Callable[..., Any], description: str) -> None:
+        for size in self.sizes:
+            self.captured[size] = create_forward_fn(self._graph(size), warmup=False)
+            self.captured[size](CUDAGraphMode.NONE)
+
+    def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: int, num_active_loras: int) -> Any:
+        fitting = [size for size in self.captured if size >= num_reqs == num_tokens]
+        return self._graph(min(fitting)) if fitting else SimpleNamespace(cg_mode=CUDAGraphMode.NONE)
+
+    def run_fullgraph(self, graph: Any) -> None:
+        self.num_replays += 1
+        self.captured[graph.num_reqs](CUDAGraphMode.NONE)
+
+    def _graph(self, size: int) -> Any:
+        return SimpleNamespace(num_reqs=size, cg_mode=CUDAGraphMode.FULL)
+
+
+def speculator_with(graphs: Graphs) -> TreeSpeculator:
+    """Return a speculator as vLLM has it once the drafter is loaded; its constructor needs vLLM's whole config."""
+    speculator = object.__new__(TreeSpeculator)
+    torch.manual_seed(0)
+    speculator.model = ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval().requires_grad_(False)
+    speculator.embed = nn.Embedding(VOCAB, HIDDEN).requires_grad_(False)
+    speculator.options = ReDrafterOptions("unused", NUM_NODES, 3, 3, "fixed")
+    speculator.trees = TreeBuffers(MAX_REQUESTS, NUM_NODES, torch.device("cpu"))
+    speculator.step = Step()
+    speculator.is_linear = SimpleNamespace(gpu=torch.tensor([0, 1, 0, 0], dtype=torch.int32))
+    speculator.drafts_chains_only = False
+    speculator.cudagraph_manager = graphs
+    speculator._hidden = torch.zeros(MAX_REQUESTS, HIDDEN)
+    speculator._init_ids = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
+    speculator._as_chain = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
+    speculator._drafted = DraftTrees(*(torch.zeros_like(speculator.trees.parents) for _ in DraftTrees._fields))
+    return speculator
+
+
+def propose(speculator: TreeSpeculator, slots: list[int], nodes: torch.Tensor | None = None, **more: Any) -> Any:
+    """Ask for drafts for requests of two rows each, of which the last row has no logits."""
+    num_rows = 2 * len(slots)
+    generator = torch.Generator().manual_seed(1)
+    batch = SimpleNamespace(
+        num_reqs=len(slots),
+        idx_mapping=torch.tensor(slots),
+        logits_indices=torch.arange(num_rows),
+        cu_num_logits=torch.arange(0, num_rows + 1, 2),
+    )
+    hidden = torch.randn(num_rows, HIDDEN, generator=generator)
+    last_sampled = torch.randint(VOCAB, (MAX_REQUESTS, 1), generator=generator)
+    num_sampled = torch.tensor(more.pop("num_sampled", [1] * len(slots)), dtype=torch.int32)
+    speculator.step.nodes = nodes
+    return speculator.propose(batch, None, None, hidden, None, num_sampled, None, last_sampled, **more).clone()
+
+
+def test_a_replayed_graph_drafts_what_eager_code_drafts() -> None:
+    graphs = Graphs(2, 4)
+    captured, eager = speculator_with(graphs), speculator_with(Graphs())
+    captured.capture()
+
+    for slots in ([3], [2, 0], [1, 3, 0], [0, 1, 2, 3]):
+        assert torch.equal(propose(captured, slots), propose(eager, slots))
+        for ours, theirs in zip(vars(captured.trees).values(), vars(eager.trees).values(), strict=True):
+            assert torch.equal(ours, theirs)
+    assert graphs.num_replays == 4
+
+
+def test_a_batch_larger_than_every_graph_is_drafted_without_one() -> None:
+    graphs = Graphs(2)
+    speculator = speculator_with(graphs)
+    speculator.capture()
+
+    assert torch.equal(propose(speculator, [0, 1, 2]), propose(speculator_with(Graphs()), [0, 1, 2]))
+    assert graphs.num_replays == 0
+
+
+def test_drafts_start_at_the_last_accepted_node() -> None:
+    speculator = speculator_with(Graphs())
+    at_roots = propose(speculator, [0, 2])
+
+    with_walks = propose(speculator, [0, 2], torch.tensor([[0, 1], [0, -1]]), num_sampled=[2, 1])
+
+    assert not torch.equal(at_roots[0], with_walks[0])
+    assert torch.equal(at_roots[1], with_walks[1])
+
+
+def test_linear_requests_draft_chains_and_everybody_where_processors_are_unknown() -> None:
+    speculator = speculator_with(Graphs())
+
+    def are_chains() -> list[bool]:
+        propose(speculator, [0, 1])
+        parents = speculator.trees.parents[:2]
+        is_child_of_last = parents[:, 1:] == torch.arange(NUM_NODES)
+        return [bool(row) for row in (is_child_of_last | (parents[:, 1:] < 0)).all(dim=1)]
+
+    assert are_chains() == [False, True]
+
+    speculator.drafts_chains_only = True
+    assert are_chains() == [True, True]
+
+
+def test_neither_a_dummy_batch_nor_half_a_prompt_leaves_a_tree() -> None:
+    speculator = speculator_with(Graphs())
+
+    drafts = propose(speculator, [0, 1], dummy_run=True)
+    assert (drafts >= 0).all()
+    assert (speculator.trees.parents == -1).all()
+
+    propose(speculator, [0, 2], num_sampled=[0, 1])
+    assert (speculator.trees.parents[0] == -1).all()
+    assert (speculator.trees.parents[2, 1:] >= 0).all()
+
+
+@pytest.mark.parametrize("slots", [[0], [0, 1, 2, 3]])
+def test_drafts_are_of_one_shape_and_valid(slots: list[int]) -> None:
+    drafts = propose(speculator_with(Graphs()), slots)
+
+    assert drafts.shape == (len(slots), NUM_NODES)
+    assert ((drafts >= 0) & (drafts < VOCAB)).all()
+
+
+def test_a_target_with_a_model_state_of_its_own_is_refused() -> None:
+    class Hybrid(nn.Module):
+        def get_model_state_cls(self) -> type:
+            return object
+
+    with pytest.raises(NotImplementedError, match="Hybrid brings its own model state, which knows nothing of trees"):
+        speculator_with(Graphs()).load_draft_model(Hybrid(), set())

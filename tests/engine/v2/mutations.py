@@ -1,0 +1,165 @@
+"""Ways to break the adapter for model runner V2 inside an engine's process, and guards that fail where it is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from tests.engine.mutations import replaced
+
+
+@contextmanager
+def drop_the_commit() -> Iterator[None]:
+    """Leave accepted branches where they are: their slots keep the keys and values of the first path."""
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+
+    with replaced(TreeModelState, "postprocess_state", lambda original: lambda self, *arguments: None):
+        yield
+
+
+@contextmanager
+def leave_positions_linear() -> Iterator[None]:
+    """Give node i the position of slot i, not that of its depth."""
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, input_batch: Any, req_states: Any) -> Any:
+            inputs = original(self, input_batch, req_states)
+            inputs["positions"].copy_(input_batch.positions)
+            return inputs
+
+        return prepare
+
+    with replaced(TreeModelState, "prepare_inputs", wrap):
+        yield
+
+
+@contextmanager
+def attend_to_every_earlier_node() -> Iterator[None]:
+    """Attend along the slots, as if every tree were a chain."""
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, *arguments: Any, **more: Any) -> Any:
+            prepared = original(self, *arguments, **more)
+            nodes = torch.arange(self.ancestors.shape[1])
+            self.ancestors.copy_((1 << nodes).cumsum(0).expand_as(self.ancestors))
+            return prepared
+
+        return prepare
+
+    with replaced(TreeModelState, "prepare_attn", wrap):
+        yield
+
+
+@contextmanager
+def draft_trees_for_everybody() -> Iterator[None]:
+    """Draft trees where an option counts the tokens before a row."""
+    from vllm_redrafter.adapter.v2 import model_state
+
+    with replaced(model_state, "is_linear", lambda original: lambda parameters: False):
+        yield
+
+
+@contextmanager
+def forget_the_branch_of_logprobs() -> Iterator[None]:
+    """Report the log-probabilities of the rows that follow a root, as if the accepted path were a chain."""
+    from vllm_redrafter.adapter.v2.sampler import TreeSampler
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def logprobs(self: Any, logits: Any, walk: Any, *arguments: Any) -> Any:
+            depths = torch.arange(walk.nodes.shape[1]).expand_as(walk.nodes)
+            return original(self, logits, walk._replace(nodes=depths.where(walk.nodes >= 0, -1)), *arguments)
+
+        return logprobs
+
+    with replaced(TreeSampler, "_logprobs", wrap):
+        yield
+
+
+_WAITING = ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+"""What makes the host wait for a GPU."""
+
+
+@contextmanager
+def forbid_waiting() -> Iterator[None]:
+    """Fail where our part of a step asks a tensor for its values; what is vLLM's or Triton's interpreter's may."""
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    from vllm_redrafter.adapter.v2 import sampler
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+    from vllm_redrafter.adapter.v2.sampler import TreeSampler
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+    from vllm_redrafter.kernels.launch import Launch
+
+    is_forbidden = [False]
+
+    def setting(value: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **more: Any) -> Any:
+                before, is_forbidden[0] = is_forbidden[0], value
+                try:
+                    return original(*arguments, **more)
+                finally:
+                    is_forbidden[0] = before
+
+            return wrapped
+
+        return wrap
+
+    def guard(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def guarded(self: Any, *arguments: Any, **more: Any) -> Any:
+                assert not is_forbidden[0], f"Tensor.{name} waits for the device"
+                return original(self, *arguments, **more)
+
+            return guarded
+
+        return wrap
+
+    with ExitStack() as stack:
+        for owner, name in (
+            (TreeSampler, "__call__"),
+            (TreeSpeculator, "propose"),
+            (TreeModelState, "prepare_inputs"),
+            (TreeModelState, "postprocess_state"),
+        ):
+            stack.enter_context(replaced(owner, name, setting(True)))
+        for owner, name in (
+            (Launch, "run"),
+            (Sampler, "sample"),
+            (sampler, "get_num_sampled_and_rejected"),
+            (sampler, "compute_topk_scores"),
+        ):
+            stack.enter_context(replaced(owner, name, setting(False)))
+        for name in _WAITING:
+            stack.enter_context(replaced(torch.Tensor, name, guard(name)))
+        yield
+
+
+@contextmanager
+def forbid_moving() -> Iterator[None]:
+    """Fail where what a CUDA graph would read or write is elsewhere than it was a step before."""
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+
+    places: dict[str, set[int]] = {}
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def postprocess(self: Any, *arguments: Any, **more: Any) -> Any:
+            for owner in (self, self.speculator, self.trees, *self.step.trees):
+                owned = owner._asdict() if isinstance(owner, tuple) else vars(owner)
+                for name, tensor in owned.items():
+                    if isinstance(tensor, torch.Tensor):
+                        places.setdefault(f"{type(owner).__name__}.{name}", set()).add(tensor.data_ptr())
+            return original(self, *arguments, **more)
+
+        return postprocess
+
+    with replaced(TreeModelState, "postprocess_state", wrap):
+        yield
+    moved = [name for name, found in places.items() if len(found) != 1]
+    assert {"TreeBatch.ancestors", "TreeModelState.positions", "TreeBuffers.parents"} <= places.keys()
+    assert not moved, f"{moved} moved"

@@ -1,0 +1,102 @@
+"""Stand-ins for what a GPU has and vLLM's CPU platform, or Triton's interpreter, lacks.
+
+FlashAttention, Triton's and FlashInfer's attention all keep keys and values side by side in
+[num_blocks, num_kv_heads, block_size, 2 * head_size]. vLLM's own CPU kernel does not. The backend here does, in plain
+torch, with and without the plugin, so that comparisons are between two engines of one stock backend. Async scheduling
+works under model runner V2 on a CPU too, but its platform turns it off. Two kernels of vLLM's cannot be interpreted:
+that for top-k and top-p, which vLLM has in torch too, and that for the masks of grammars.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+
+
+def register() -> None:
+    """Put the stand-ins in their places; the backend goes in that of vLLM's own, the only one it chooses on a CPU."""
+    topk_topp_sampler.HAS_TRITON = False
+    StructuredOutputsWorker.apply_grammar_bitmask = apply_grammar_bitmask
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{PagedAttentionBackend.__name__}")
+    stock = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        stock(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+
+
+def apply_grammar_bitmask(
+    self: StructuredOutputsWorker,
+    logits: torch.Tensor,
+    input_batch: Any,
+    grammar_req_ids: list[str],
+    grammar_bitmask: Any,  # [rows of these requests, words]
+) -> None:
+    """Forbid what the grammars forbid, row by row of every request in the order of its tokens."""
+    ends = input_batch.cu_num_logits_np.tolist()
+    requests = [input_batch.req_ids.index(name) for name in grammar_req_ids]
+    rows = [row for request in requests for row in range(ends[request], ends[request + 1])]
+    words = torch.from_numpy(grammar_bitmask)[: len(rows), :, None]
+    is_allowed = (words >> torch.arange(32) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))
+
+
+class PagedAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "TRITON_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return PagedAttentionImpl
+
+
+class PagedAttentionImpl(CPUAttentionBackendImpl):
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: Any = None,
+        output_block_scale: Any = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:
+            return output
+        cache = kv_cache.transpose(1, 2)
+        starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
+        for request, (start, end) in enumerate(itertools.pairwise(starts)):
+            positions = torch.arange(lengths[request])
+            blocks = attn_metadata.block_table[request, positions // cache.shape[1]].long()
+            group = self.num_heads // self.num_kv_heads
+            rows = cache[blocks, positions % cache.shape[1]].repeat_interleave(group, dim=1).transpose(0, 1)
+            k, v = rows.chunk(2, dim=-1)  # [num_heads, seq_len, head_size]
+            distance = positions[start - end :, None] - positions
+            seen = distance >= 0
+            if self.sliding_window > 0:
+                seen &= distance < self.sliding_window
+            scores = self.scale * query[start:end].transpose(0, 1) @ k.transpose(1, 2)
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+            output[start:end] = (weights @ v).transpose(0, 1)
+        return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        cache, kept = kv_cache.transpose(1, 2), slot_mapping >= 0
+        slots = slot_mapping[kept]
+        rows = torch.cat((key, value), dim=-1)[: len(kept)]
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows[kept]

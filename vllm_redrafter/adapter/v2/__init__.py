@@ -1,0 +1,1 @@
+"""Token trees under vLLM's model runner V2: everything on the device, of fixed shape, with async scheduling."""

@@ -1,0 +1,131 @@
+"""The drafter inside vLLM's model runner V2: from the hidden state at the last accepted node to the next tree.
+
+All tensors that a draft reads and writes stay where they are, and nothing waits for the device, so that a draft is one
+CUDA graph per size of batch. The graphs have not been run: there was no GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_redrafter.adapter import loading
+from vllm_redrafter.adapter.config import ReDrafterOptions
+from vllm_redrafter.adapter.v2.draft_trees import DraftTrees, draft
+from vllm_redrafter.adapter.v2.model_state import TreeModelState
+from vllm_redrafter.adapter.v2.step import Step
+from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.core.drafter import Embed, ReDrafter
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class TreeSpeculator(DraftModelSpeculator):
+    """What vLLM's runner asks for drafts."""
+
+    model: ReDrafter
+    embed: Embed
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.options = ReDrafterOptions.of(vllm_config)
+        num_nodes = self.options.num_speculative_tokens
+        self.trees = TreeBuffers(self.max_num_reqs, num_nodes, device)
+        self.step = Step()
+        self.is_linear = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
+        self.drafts_chains_only = False
+        self.cudagraph_manager: CudaGraphManager | None = None
+        # what a draft reads and writes, in the order of the batch
+        self._hidden = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
+        self._init_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._drafted = DraftTrees(*(torch.zeros_like(self.trees.parents) for _ in DraftTrees._fields))
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        """Return the drafter, and name the model state that verifies its trees to vLLM."""
+        if hasattr(target_model, "get_model_state_cls"):
+            raise NotImplementedError(
+                f"{type(target_model).__name__} brings its own model state, which knows nothing of trees: "
+                "run without speculation"
+            )
+        loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
+        self.embed = loaded.embed
+        millions = loaded.num_parameters / 1e6
+        logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
+        # vLLM asks the target for it; this instance only, other engines have nothing to do with us
+        target_model.get_model_state_cls = lambda: TreeModelState.of(self)  # type: ignore[assignment]
+        return loaded.drafter
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: a drafter without attention has no KV cache to be told of."""
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Let drafts be captured where anything is."""
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if cudagraph_mode else CUDAGraphMode.NONE
+        self.cudagraph_manager = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+
+    def capture(self) -> None:
+        """Capture one CUDA graph per size of batch."""
+        assert self.cudagraph_manager is not None
+        self.cudagraph_manager.capture(
+            lambda desc, warmup: lambda mode: self._draft(desc.num_reqs), "Capturing the drafter"
+        )
+
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,  # [num_reqs]
+        num_rejected: torch.Tensor,  # [num_reqs]
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1]
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the next N draft tokens of every request, [num_reqs, N], and remember what they are to each other."""
+        num_requests, slots = input_batch.num_reqs, input_batch.idx_mapping
+        rows = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
+        if self.step.nodes is not None:
+            last = (num_sampled - 1).clamp(min=0).long()
+            rows = rows + self.step.nodes.gather(1, last[:, None])[:, 0]
+        torch.index_select(last_hidden_states, 0, rows, out=self._hidden[:num_requests])
+        torch.index_select(last_sampled[:, 0], 0, slots, out=self._init_ids[:num_requests])
+        torch.index_select(self.is_linear.gpu, 0, slots, out=self._as_chain[:num_requests])
+        if self.drafts_chains_only:
+            self._as_chain.fill_(1)
+
+        assert self.cudagraph_manager is not None
+        graph = self.cudagraph_manager.dispatch(num_requests, num_requests, 1, 0)
+        if graph.cg_mode == CUDAGraphMode.FULL:
+            self.cudagraph_manager.run_fullgraph(graph)
+        else:
+            self._draft(num_requests)
+        drafted = DraftTrees(*(column[:num_requests] for column in self._drafted))
+        if not dummy_run:
+            self.trees.store(slots, drafted, num_sampled > 0)
+        return drafted.token_ids[:, 1:]
+
+    def _draft(self, num_requests: int) -> None:
+        """Fill the first rows of `_drafted`."""
+        trees = draft(
+            self.model,
+            self.embed,
+            self._hidden[:num_requests],
+            self._init_ids[:num_requests],
+            self._as_chain[:num_requests].bool(),
+            self.options.shape,
+            self.options.num_speculative_tokens,
+        )
+        for column, values in zip(self._drafted, trees, strict=True):
+            column[:num_requests].copy_(values)
