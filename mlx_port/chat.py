@@ -35,7 +35,7 @@ def _make_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     mx.random.seed(args.seed or 0)
     pair = options.load_pair(args, args.model, {})
-    if not pair.tokenizer.has_chat_template:
+    if not options.has_chat_template(pair.tokenizer):
         raise ValueError(f"{args.model!r} has no chat template: take one that has, or `python -m mlx_port.generate`")
     measured = options.calibration(args, pair.target)
     print(_HELP)

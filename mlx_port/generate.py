@@ -96,7 +96,7 @@ def _load_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict
 
 def _prompt(args: argparse.Namespace, tokenizer: Any, *, follows_a_cache: bool) -> list[int]:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
+    if args.ignore_chat_template or not options.has_chat_template(tokenizer):
         return tokenizer.encode(prompt)
     text = _templated(args, tokenizer, prompt)
     if follows_a_cache:

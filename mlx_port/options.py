@@ -130,6 +130,12 @@ def step_options(args: argparse.Namespace, measured: Calibration | None) -> dict
     return {**drafting, **{name: getattr(args, name) for name in names}}
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Return whether `apply_chat_template` will do."""
+    # mlx-lm 0.28 has no such field, nor templates but the tokenizer's
+    return bool(getattr(tokenizer, "has_chat_template", tokenizer.chat_template is not None))
+
+
 def boolean(text: str) -> bool:
     """Return what mlx-lm makes of `--verbose TEXT`."""
     return text.lower() not in ("false", "f")
