@@ -46,6 +46,13 @@ def test_a_sweep_writes_apples_columns_and_draws_its_figures(
     assert {"mlx", "mlx_lm", "device", "command"} <= set(summary)
 
 
+def test_a_sweep_is_apples_unless_told_otherwise() -> None:
+    arguments = benchmark._make_parser().parse_args([*PAIR, "--output", "o"])
+
+    assert (arguments.widths, arguments.lengths) == ([1, 2, 3, 4], [2, 3, 4, 5])
+    assert (arguments.dtypes, arguments.max_tokens) == (["fp16", "bf16", "q4"], 200)
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [("fp16", mx.float16), ("bf16", mx.bfloat16), ("q4", mx.bfloat16)])
 def test_a_pair_is_loaded_in_the_type_asked_for(dtype: str, expected: mx.Dtype) -> None:
     target, _, drafter = benchmark.load_as(str(EXAMPLE / "target"), str(EXAMPLE / "drafter"), dtype)

@@ -70,6 +70,15 @@ def test_a_served_text_is_mlx_lms(url: str) -> None:
     assert answers[0]["usage"]["completion_tokens"] == 16
 
 
+def test_a_served_text_ends_before_a_stop_word(url: str) -> None:
+    whole = _complete(url)["choices"][0]["text"]
+    stop = whole[len(whole) // 2 :][:3]
+
+    answer = _complete(url, stop=[stop])["choices"][0]
+
+    assert (answer["text"], answer["finish_reason"]) == (whole.partition(stop)[0], "stop")
+
+
 def test_the_served_drafter_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = make_pair()
     handle, tokenizer = server.load(str(EXAMPLE / "drafter"))

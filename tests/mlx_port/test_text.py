@@ -14,7 +14,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_port
-from mlx_port import acceptance, cache, calibration, text, token_tree
+from mlx_port import acceptance, cache, calibration, token_tree
 from mlx_port.calibration import Pace
 from mlx_port.decoding import generate_step
 from mlx_port.target import Target
@@ -87,11 +87,48 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(case: str) -> None:
     name, options = CASES[case]
 
-    assert_every_nth_line_may_be_interrupted(make_target(name), 97, plan=make_plan(4, 3, 8), **options)
+    assert_every_nth_line_may_be_interrupted(make_target(name), 197, plan=make_plan(4, 3, 8), **options)
 
 
 def test_so_does_a_ctrl_c_where_drafting_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "MIN_ROUNDS", 1)
 
     # one pace for all: it has seen enough after the first text
-    assert_every_nth_line_may_be_interrupted(make_target("gemma3"), 29, pace=Pace(baseline_seconds=0.0))
+    assert_every_nth_line_may_be_interrupted(make_target("gemma3"), 97, pace=Pace(baseline_seconds=0.0))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (acceptance, "walk"),
+        (cache, "gather"),
+        (mx, "eval"),
+        (cache, "commit"),
+        (token_tree, "best_nodes"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_an_error_in_a_step_leaves_the_caches_with_what_was_yielded(
+    module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = make_target("gemma3")
+    expected = alone(target, PROMPT, NUM_TOKENS + 20)
+    caches = make_prompt_cache(target.model)
+    stock, calls = getattr(module, name), itertools.count(1)
+
+    def fail_once(*args: Any) -> Any:
+        if next(calls) == 4:
+            raise RuntimeError("out of memory")
+        return stock(*args)
+
+    monkeypatch.setattr(module, name, fail_once)
+    yielded: list[int] = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        yielded += (
+            token_id for token_id, _, _ in generate_step(mx.array(PROMPT), target, make_drafter(), prompt_cache=caches)
+        )
+    count = len(yielded)
+
+    assert 2 < count < 20
+    assert {layer.offset for layer in caches} == {len(PROMPT) + count}
+    assert alone(target, expected[count : count + 1], 8, prompt_cache=caches) == expected[count + 1 : count + 9]
