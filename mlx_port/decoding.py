@@ -123,6 +123,7 @@ def generate_step(
         for token_id, log_probs in text.undrafted(num_left):
             telemetry.target_model_call_count += 1
             telemetry.emitted_token_count += 1
+            text.num_emitted += 1
             yield token_id, log_probs, False
 
 

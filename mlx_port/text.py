@@ -64,8 +64,9 @@ class Text:
         self.plan, self.sampler, self.processors = plan, sampler, processors
         self.history: list[int] = []  # tokens before the root
         self.unread: list[int] = []  # the root, as long as the caches lack it
-        self.num_emitted = 0  # tokens of the verification that is not committed yet
+        self.num_emitted = 0  # tokens since the last commit, or of mlx-lm's last step
         self._verified: Verified | None = None
+        self._ahead: Snapshot | None = None  # the caches before that step
         self.search = _compiled_search(target, drafter, plan)
 
     def read(self, token_ids: list[int]) -> None:
@@ -143,13 +144,13 @@ class Text:
             quantized_kv_start=self.quantization.start,
         )
         while True:
-            with cache.restored_on_failure(self.caches):
-                step = next(steps, None)
-                # mlx-lm has read the root, and reads every token before it yields it
-                self.unread = []
+            # mlx-lm reads a token before it yields it
+            self._ahead, self.num_emitted = cache.snapshot(self.caches), 0
+            step = next(steps, None)
             if step is None:
                 return
             yield step
+            self.unread = []
 
     def close(self) -> None:
         """Leave the caches as mlx-lm does: they have read all that was emitted, and nothing else."""
@@ -161,6 +162,12 @@ class Text:
             raise
 
     def _settle(self) -> None:
+        if self._ahead is not None:
+            if self.num_emitted:
+                self.unread = []
+            else:
+                cache.restore(self.caches, self._ahead)
+            self._ahead = None
         if self._verified is not None:
             self.commit()
         self._quantize()

@@ -87,7 +87,7 @@ def test_wherever_the_caller_stops_the_caches_have_read_what_was_yielded(target:
 
 
 def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(target: Target) -> None:
-    assert_every_nth_line_may_be_interrupted(target, 397, plan=make_plan(1, 3, 3))
+    assert_every_nth_line_may_be_interrupted(target, 101, plan=make_plan(1, 3, 3))
 
 
 def test_recurrent_targets_must_be_asked_for() -> None:

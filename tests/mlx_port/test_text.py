@@ -87,14 +87,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(case: str) -> None:
     name, options = CASES[case]
 
-    assert_every_nth_line_may_be_interrupted(make_target(name), 197, plan=make_plan(4, 3, 8), **options)
+    assert_every_nth_line_may_be_interrupted(make_target(name), 53, plan=make_plan(4, 3, 8), **options)
 
 
 def test_so_does_a_ctrl_c_where_drafting_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "MIN_ROUNDS", 1)
 
     # one pace for all: it has seen enough after the first text
-    assert_every_nth_line_may_be_interrupted(make_target("gemma3"), 97, pace=Pace(baseline_seconds=0.0))
+    assert_every_nth_line_may_be_interrupted(make_target("gemma3"), 29, pace=Pace(baseline_seconds=0.0))
 
 
 @pytest.mark.parametrize(
