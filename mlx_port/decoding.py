@@ -33,6 +33,8 @@ from mlx_port.text import KVQuantization, LogitsProcessor, Sampler, Text, Verifi
 logger = logging.getLogger(__name__)
 
 _CLEAR_EVERY = 256
+_NUM_KEPT = 4
+"""First tokens that mlx-lm's rotating caches never drop."""
 
 
 def generate_step(
@@ -69,7 +71,7 @@ def generate_step(
     Raises:
         ValueError: the prompt is empty or longer than the target's context, or a number is out of range.
     """
-    token_ids = _check(prompt, max_tokens, prefill_step_size)
+    token_ids = _check(prompt, max_tokens, prefill_step_size, max_kv_size)
     caches = target.make_caches(max_kv_size) if prompt_cache is None else prompt_cache
     _check_length(len(token_ids), cache.num_cached(caches), target)
     if kv_bits is not None and any(isinstance(layer, RotatingKVCache) for layer in caches):
@@ -127,7 +129,7 @@ def generate_step(
             yield token_id, log_probs, False
 
 
-def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int) -> list[int]:
+def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int, max_kv_size: int | None) -> list[int]:
     """Return the prompt's tokens."""
     if prompt.ndim != 1 or prompt.size == 0:
         raise ValueError(f"the prompt has shape {prompt.shape}, but it must be one text of at least 1 token")
@@ -135,6 +137,10 @@ def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int) -> list[in
         raise ValueError(f"max_tokens is {max_tokens}, but it must be 1 or more, or -1 for no limit")
     if prefill_step_size < 1:
         raise ValueError(f"prefill_step_size is {prefill_step_size}, but it must be 1 or more")
+    if max_kv_size is not None and max_kv_size <= _NUM_KEPT:
+        raise ValueError(
+            f"max_kv_size is {max_kv_size}, but mlx-lm always keeps {_NUM_KEPT} tokens: make it more, or leave it out"
+        )
     token_ids: list[int] = prompt.tolist()
     return token_ids
 

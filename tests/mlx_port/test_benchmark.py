@@ -85,3 +85,11 @@ def test_a_cell_is_the_mean_of_its_runs() -> None:
 def test_a_beam_length_without_a_draft_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([*PAIR, "--output", str(tmp_path), "--lengths", "1"]) == 1
     assert "a beam length is 1, but it counts the init token: it must be 2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "value", "least"), [("--runs", 0, 1), ("--max-tokens", 1, 2), ("--widths", 0, 1)])
+def test_a_sweep_of_nothing_is_refused(
+    flag: str, value: int, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main([*PAIR, "--output", str(tmp_path), flag, str(value)]) == 1
+    assert f"{flag} is {value}, but it must be {least} or more" in capsys.readouterr().err

@@ -141,7 +141,12 @@ def test_a_saved_prompt_cache_is_continued(capsys: pytest.CaptureFixture[str], t
 
 
 def test_what_the_user_got_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "damaged").write_text("no caches")
     cases = {
+        "no target at '/nowhere'": ["--model", "/nowhere", *PAIR[2:]],
+        "--temp is -1.0, but it must be 0 or more": [*PAIR, *BUDGET, "--temp", "-1"],
+        "max_kv_size is 4, but mlx-lm always keeps 4 tokens": [*PAIR, *BUDGET, "--max-kv-size", "4"],
+        "is no prompt cache": [*PAIR, "--prompt-cache-file", str(tmp_path / "damaged")],
         "the tree budget is 99, but it must lie between 1 and 63": [*PAIR, "--tree-budget", "99"],
         "does not fit this llama target": [*PAIR[:2], "--drafter", str(save_random(tmp_path / "other"))],
         "no config.json in": [*PAIR[:2], "--drafter", str(tmp_path)],
@@ -154,6 +159,13 @@ def test_what_the_user_got_wrong_is_one_sentence(capsys: pytest.CaptureFixture[s
         assert message in captured.err
         assert captured.err.startswith("error: ")
         assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("text", "message"), [("{x", "is not JSON"), ("[1]", "must be a JSON object of")])
+def test_template_arguments_must_be_a_json_object(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate.main([*PAIR, "--chat-template-config", text])
+    assert message in capsys.readouterr().err
 
 
 def test_chat_remembers_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
