@@ -71,9 +71,10 @@ def test_lists_of_caches_are_committed_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("past", [0, 3, 7, 20])
-def test_a_mask_lets_nodes_see_what_they_would_see_alone(past: int) -> None:
+@pytest.mark.parametrize("window", [5, None])
+def test_a_mask_lets_nodes_see_what_they_would_see_alone(past: int, window: int | None) -> None:
     tree = token_tree.best_nodes(0, [1, 2, 3, 4], [-1, 0, 1, -1], [-1.0, -2.0, -3.0, -4.0], 4)
-    layout, max_size, keep, window = Layout(tree, past), 8, 2, 5
+    layout, max_size, keep = Layout(tree, past), 8, 2
 
     mask = layout.mask(max_size, keep, window).tolist()
 
@@ -84,7 +85,7 @@ def test_a_mask_lets_nodes_see_what_they_would_see_alone(past: int) -> None:
         for column, row in enumerate(rows):
             is_held = row < keep or position - row < max_size - keep
             is_above = column < len(held) or bool(tree.ancestors[node] >> column - len(held) & 1)
-            assert mask[node][column] == (is_held and is_above and position - row < window)
+            assert mask[node][column] == (is_held and is_above and (window is None or position - row < window))
 
 
 @pytest.mark.parametrize("kind", ["kv", "quantised"])
