@@ -34,7 +34,6 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chat-template-config",
         type=_json_object,
-        default={},
         help="JSON object of further arguments of the chat template",
     )
     parser.add_argument("--extra-eos-token", nargs="+", default=(), help="more tokens that end the text")
@@ -96,7 +95,7 @@ def _load_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict
         raise ValueError(f"no prompt cache at {args.prompt_cache_file!r}: make one with `mlx_lm.cache_prompt`")
     try:
         prompt_cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{args.prompt_cache_file!r} is no prompt cache ({error}): make one with `mlx_lm.cache_prompt`"
         ) from None
