@@ -8,13 +8,14 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 MLX_VENV := .venv-mlx
+MLX_OLDEST_VENV := .venv-mlx-oldest
 BOOTSTRAP = $(PYTHON) vllm_redrafter/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mlx lint clean
+.PHONY: help demo test test-mlx test-mlx-oldest lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.ready  ## the same text with and without the drafter, and how much faster
 	@$(VENV)/bin/vllm-redrafter demo
@@ -25,13 +26,16 @@ test: $(VENV)/.ready-dev  ## the test suite; PYTEST_ARGS="-k tree" narrows it
 test-mlx: $(MLX_VENV)/.ready  ## the tests of mlx_port, in an environment with MLX
 	@MPLBACKEND=agg $(MLX_VENV)/bin/python -m pytest tests/mlx_port $(PYTEST_ARGS)
 
+test-mlx-oldest: $(MLX_OLDEST_VENV)/.ready  ## the same with the oldest MLX that mlx_port works with
+	@MPLBACKEND=agg $(MLX_OLDEST_VENV)/bin/python -m pytest tests/mlx_port $(PYTEST_ARGS)
+
 lint: $(VENV)/.ready-dev  ## ruff, mypy and the direction of imports
 	@$(VENV)/bin/python -m ruff check
 	@$(VENV)/bin/python -m mypy
 	@$(VENV)/bin/lint-imports
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(MLX_VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MLX_VENV) $(MLX_OLDEST_VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
@@ -47,4 +51,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 
 $(MLX_VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
 	@$(BOOTSTRAP) $(MLX_VENV) --group mlx
+	@touch $@
+
+$(MLX_OLDEST_VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
+	@$(BOOTSTRAP) $(MLX_OLDEST_VENV) --group mlx --group mlx-oldest
 	@touch $@

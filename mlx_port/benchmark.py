@@ -61,6 +61,14 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
+    for name, value, least in (
+        ("--runs", args.runs, 1),
+        # the first token's time is the prompt's
+        ("--max-tokens", args.max_tokens, 2),
+        ("--widths", min(args.widths), 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}, but it must be {least} or more")
     for length in args.lengths:
         if length < 2:
             raise ValueError(f"a beam length is {length}, but it counts the init token: it must be 2 or more")

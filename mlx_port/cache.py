@@ -9,8 +9,9 @@ graph that also writes to it makes MLX copy the whole buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
@@ -21,8 +22,25 @@ from mlx_port.token_tree import TokenTree
 Caches = list[Any]
 """One cache of mlx-lm per layer."""
 
-Rows = list[mx.array]
-"""Copies of some rows of one cache, array by array, each [..., rows, head_dim]."""
+
+class Appended(NamedTuple):
+    """Rows that a verification has appended to one cache."""
+
+    offset: int
+    """Tokens that the cache had read before."""
+    start: int
+    """The first of the rows."""
+    copies: list[mx.array]
+    """Those of the path, array by array, each [..., path, head_dim]."""
+
+
+class Snapshot(NamedTuple):
+    """Where caches stood."""
+
+    layers: list[Any]
+    """The caches themselves, as mlx-lm puts others in their place when it quantises them."""
+    states: list[dict[str, Any]]
+    """The attributes of each, those of a `CacheList` one by one."""
 
 
 class Layout:
@@ -69,7 +87,11 @@ class TreeView:
     def __init__(self, base: Any, layout: Layout) -> None:
         self.base = base
         self.layout = layout
-        self.offset = layout.positions
+
+    @property
+    def offset(self) -> Any:
+        """The position of every node, [nodes]."""
+        return self.layout.positions
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
@@ -98,6 +120,24 @@ class RowsView(TreeView):
         return tuple(_repeated(part, len(keys)) for part in fetched)
 
 
+class ChainView(TreeView):
+    """The same where the nodes are one path, to a model that counts positions itself."""
+
+    @property
+    def offset(self) -> Any:
+        """The position of the root."""
+        return self.base.offset
+
+
+def chain_view(base: Any, layout: Layout) -> Any:
+    """Return what to hand to a model that reads nodes as a text.
+
+    mlx-lm's own mask for a text is right but where a cache has wrapped: there, later tokens of a piece lose sight of
+    the first rows, which they would see if they came one by one.
+    """
+    return ChainView(base, layout) if isinstance(base, RotatingKVCache) else base
+
+
 def _repeated(part: Any, count: int) -> Any:
     if isinstance(part, mx.array):
         return mx.broadcast_to(part, (count, *part.shape[1:]))
@@ -105,7 +145,7 @@ def _repeated(part: Any, count: int) -> Any:
     return tuple(_repeated(array, count) for array in part)
 
 
-def views(caches: Caches, layout: Layout, kind: type[TreeView]) -> Caches:
+def views(caches: Caches, layout: Layout, kind: Callable[[Any, Layout], Any]) -> Caches:
     """Return what to hand to the model in the place of its caches."""
     return [
         CacheList(*views(list(cache.caches), layout, kind)) if isinstance(cache, CacheList) else kind(cache, layout)
@@ -139,42 +179,67 @@ def num_cached(caches: Caches) -> int:
     return next((cache.offset for cache in leaves(caches) if hasattr(cache, "offset")), 0)
 
 
-def snapshot(caches: Caches) -> list[Any]:
-    """Return where the caches stand, for `restore`; nothing is copied, as models replace states, not change them."""
-    return [list(cache.cache) if isinstance(cache, ArraysCache) else cache.offset for cache in leaves(caches)]
+def snapshot(caches: Caches) -> Snapshot:
+    """Return where the caches stand, for `restore`, which one call of the model may lie behind.
+
+    Nothing is copied: models replace arrays, or write behind the last row, or over the row that goes next. But the
+    arrays live as long as the snapshot, so what is held during an evaluation takes their memory twice.
+    """
+    return Snapshot(
+        list(caches),
+        [{name: _own(value) for name, value in vars(cache).items()} for cache in leaves(caches)],
+    )
 
 
-def restore(caches: Caches, states: list[Any]) -> None:
+def restore(caches: Caches, kept: Snapshot) -> None:
     """Put caches back to where they stood; what they have read since is forgotten."""
-    for cache, state in zip(leaves(caches), states, strict=True):
-        if isinstance(cache, ArraysCache):
-            cache.cache = list(state)
-        else:
-            cache.offset = state
+    caches[:] = kept.layers
+    for cache, state in zip(leaves(caches), kept.states, strict=True):
+        vars(cache).update({name: _own(value) for name, value in state.items()})
 
 
-def gather(caches: Caches, num_nodes: int, nodes: mx.array) -> list[Rows]:
-    """Return copies of the rows of `nodes`, among the last `num_nodes` appended, to be evaluated before `commit`."""
+def _own(value: Any) -> Any:
+    # the arrays of recurrent layers stand in a list, where models exchange them
+    return list(value) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def restored_on_failure(caches: Caches) -> Iterator[None]:
+    """Put the caches back if what runs inside raises, be it a Ctrl-C between two layers."""
+    kept = snapshot(caches)
+    try:
+        yield
+    except BaseException:
+        restore(caches, kept)
+        raise
+
+
+def gather(caches: Caches, num_nodes: int, nodes: mx.array) -> list[Appended]:
+    """Return the last `num_nodes` rows appended, with copies of those of `nodes` to be evaluated before `commit`."""
     if num_nodes == 1:
         return []
-    copies = []
+    appended = []
     for cache in leaves(caches):
-        start = _end(cache) - num_nodes
-        copies.append([mx.take(array[..., start : _end(cache), :], nodes, axis=-2) for array in _arrays(cache)])
-    return copies
+        end = _end(cache)
+        start = end - num_nodes
+        copies = [mx.take(array[..., start:end, :], nodes, axis=-2) for array in _arrays(cache)]
+        appended.append(Appended(cache.offset - num_nodes, start, copies))
+    return appended
 
 
-def commit(caches: Caches, num_nodes: int, nodes: Sequence[int], copies: list[Rows]) -> None:
-    """Keep, of the last `num_nodes` rows appended, those of `nodes`, whose copies `gather` has made."""
-    if num_nodes == 1:
+def commit(caches: Caches, nodes: Sequence[int], appended: list[Appended]) -> None:
+    """Keep, of the rows appended, those of `nodes`, the first of the path that `gather` has copied.
+
+    If it is broken off it can be done again.
+    """
+    if not appended:
         return
     kept = len(nodes)
-    for cache, rows in zip(leaves(caches), copies, strict=True):
-        start = _end(cache) - num_nodes
+    for cache, (offset, start, copies) in zip(leaves(caches), appended, strict=True):
         if list(nodes) != list(range(kept)):
-            for array, copied in zip(_arrays(cache), rows, strict=True):
+            for array, copied in zip(_arrays(cache), copies, strict=True):
                 array[..., start : start + kept, :] = copied[..., :kept, :]
-        cache.offset -= num_nodes - kept
+        cache.offset = offset + kept
         if isinstance(cache, RotatingKVCache):
             # its own trim() leaves the rejected rows in, where a later single token would count them as context
             cache.keys = cache.keys[..., : start + kept, :]

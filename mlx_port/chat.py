@@ -35,7 +35,7 @@ def _make_parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     mx.random.seed(args.seed or 0)
     pair = options.load_pair(args, args.model, {})
-    if not pair.tokenizer.has_chat_template:
+    if not options.has_chat_template(pair.tokenizer):
         raise ValueError(f"{args.model!r} has no chat template: take one that has, or `python -m mlx_port.generate`")
     measured = options.calibration(args, pair.target)
     print(_HELP)
@@ -69,10 +69,12 @@ def _answer(pair: Pair, args: argparse.Namespace, query: str, is_first: bool, **
     if is_first and args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     telemetry = Telemetry()
+    # by way of the text: as tokens, mlx-lm's versions and transformers' return different things
+    text = pair.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for response in stream_generate(
         pair.target,
         pair.tokenizer,
-        pair.tokenizer.apply_chat_template(messages, add_generation_prompt=True),
+        pair.tokenizer.encode(text, add_special_tokens=False),
         pair.drafter,
         max_tokens=args.max_tokens,
         sampler=options.sampler(args, pair.tokenizer),

@@ -7,12 +7,13 @@
     draft    lay the best candidates out as the next tree
 
 Every token is drawn by the target with the caller's own sampler, so the text is the one that `mlx_lm.generate_step`
-gives; only the number of forwards differs. When the caller stops, wherever that is, the caches have read the prompt and
-exactly the tokens that were yielded, as mlx-lm leaves its own.
+gives; only the number of forwards differs. When the caller stops, wherever that is, or an error or a Ctrl-C breaks a
+step off, the caches have read the prompt and exactly the tokens that were yielded, as mlx-lm leaves its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -32,6 +33,8 @@ from mlx_port.text import KVQuantization, LogitsProcessor, Sampler, Text, Verifi
 logger = logging.getLogger(__name__)
 
 _CLEAR_EVERY = 256
+_NUM_KEPT = 4
+"""First tokens that mlx-lm's rotating caches never drop."""
 
 
 def generate_step(
@@ -68,7 +71,7 @@ def generate_step(
     Raises:
         ValueError: the prompt is empty or longer than the target's context, or a number is out of range.
     """
-    token_ids = _check(prompt, max_tokens, prefill_step_size)
+    token_ids = _check(prompt, max_tokens, prefill_step_size, max_kv_size)
     caches = target.make_caches(max_kv_size) if prompt_cache is None else prompt_cache
     _check_length(len(token_ids), cache.num_cached(caches), target)
     if kv_bits is not None and any(isinstance(layer, RotatingKVCache) for layer in caches):
@@ -92,44 +95,41 @@ def generate_step(
         mx.eval([layer.state for layer in caches])
         report(len(text.history), len(token_ids))
         mx.clear_cache()
-    tree = token_tree.chain(token_ids[-1:])
+    text.unread = token_ids[-1:]
+    tree = token_tree.chain(text.unread)
     num_left = max_tokens
-    while True:
-        start_seconds = time.perf_counter()
-        verified = text.verify(tree)
-        step_seconds = time.perf_counter() - start_seconds
-        if num_left == max_tokens:
-            report(len(token_ids), len(token_ids))
-        _count(telemetry, verified)
-        num_emitted, is_over = 0, True
-        try:
+    with contextlib.closing(text):
+        while True:
+            start_seconds = time.perf_counter()
+            verified = text.verify(tree)
+            step_seconds = time.perf_counter() - start_seconds
+            if num_left == max_tokens:
+                report(len(token_ids), len(token_ids))
+            _count(telemetry, verified)
             for token_id, node in zip(verified.token_ids, verified.nodes, strict=True):
-                num_emitted += 1
                 num_left -= 1
                 telemetry.emitted_token_count += 1
-                yield token_id, verified.log_probs[node], num_emitted < len(verified.nodes)
+                text.num_emitted += 1
+                yield token_id, verified.log_probs[node], text.num_emitted < len(verified.nodes)
                 if num_left == 0:
                     return
-            is_over = False
-        finally:
-            text.commit(verified, num_emitted)
-            if is_over and num_emitted == len(verified.nodes):
-                text.read(verified.token_ids[-1:])
-        if telemetry.target_model_call_count % _CLEAR_EVERY == 0:
-            mx.clear_cache()
-        if pace is not None and len(tree.token_ids) > 1:
-            pace.add(len(verified.token_ids), step_seconds)
-            if pace.gain is not None and pace.gain < 1:
-                logger.warning("drafting runs at %.2f times the speed of mlx-lm alone: it stops", pace.gain)
-                break
-        tree = text.draft(verified)
-    for token_id, log_probs in text.undrafted(verified.token_ids[-1], num_left):
-        telemetry.target_model_call_count += 1
-        telemetry.emitted_token_count += 1
-        yield token_id, log_probs, False
+            text.commit()
+            if telemetry.target_model_call_count % _CLEAR_EVERY == 0:
+                mx.clear_cache()
+            if pace is not None and len(tree.token_ids) > 1:
+                pace.add(len(verified.token_ids), step_seconds)
+                if pace.gain is not None and pace.gain < 1:
+                    logger.warning("drafting runs at %.2f times the speed of mlx-lm alone: it stops", pace.gain)
+                    break
+            tree = text.draft(verified)
+        for token_id, log_probs in text.undrafted(num_left):
+            telemetry.target_model_call_count += 1
+            telemetry.emitted_token_count += 1
+            text.num_emitted += 1
+            yield token_id, log_probs, False
 
 
-def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int) -> list[int]:
+def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int, max_kv_size: int | None) -> list[int]:
     """Return the prompt's tokens."""
     if prompt.ndim != 1 or prompt.size == 0:
         raise ValueError(f"the prompt has shape {prompt.shape}, but it must be one text of at least 1 token")
@@ -137,6 +137,10 @@ def _check(prompt: mx.array, max_tokens: int, prefill_step_size: int) -> list[in
         raise ValueError(f"max_tokens is {max_tokens}, but it must be 1 or more, or -1 for no limit")
     if prefill_step_size < 1:
         raise ValueError(f"prefill_step_size is {prefill_step_size}, but it must be 1 or more")
+    if max_kv_size is not None and max_kv_size <= _NUM_KEPT:
+        raise ValueError(
+            f"max_kv_size is {max_kv_size}, but mlx-lm always keeps {_NUM_KEPT} tokens: make it more, or leave it out"
+        )
     token_ids: list[int] = prompt.tolist()
     return token_ids
 

@@ -31,13 +31,27 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefill-response", help="beginning of the answer")
     parser.add_argument("--max-tokens", "-m", type=int, default=100, help="most tokens to generate (100)")
     parser.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
-    parser.add_argument("--chat-template-config", help="JSON object of further arguments of the chat template")
+    parser.add_argument(
+        "--chat-template-config",
+        type=_json_object,
+        help="JSON object of further arguments of the chat template",
+    )
     parser.add_argument("--extra-eos-token", nargs="+", default=(), help="more tokens that end the text")
     parser.add_argument("--prompt-cache-file", help="caches saved by `mlx_lm.cache_prompt`, read before the prompt")
     parser.add_argument(
         "--verbose", type=options.boolean, default=True, help="also print counts and speed; 'F' for the text alone"
     )
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object of template arguments")
+    return fields
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -79,7 +93,12 @@ def _load_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict
         return None, {}
     if not Path(args.prompt_cache_file).is_file():
         raise ValueError(f"no prompt cache at {args.prompt_cache_file!r}: make one with `mlx_lm.cache_prompt`")
-    prompt_cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    try:
+        prompt_cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{args.prompt_cache_file!r} is no prompt cache ({error}): make one with `mlx_lm.cache_prompt`"
+        ) from None
     if args.model not in (None, metadata["model"]):
         raise ValueError(
             f"--model is {args.model!r}, but the prompt cache was made with {metadata['model']!r}: give the same model"
@@ -96,7 +115,7 @@ def _load_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict
 
 def _prompt(args: argparse.Namespace, tokenizer: Any, *, follows_a_cache: bool) -> list[int]:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
+    if args.ignore_chat_template or not options.has_chat_template(tokenizer):
         return tokenizer.encode(prompt)
     text = _templated(args, tokenizer, prompt)
     if follows_a_cache:
@@ -117,7 +136,7 @@ def _templated(args: argparse.Namespace, tokenizer: Any, prompt: str) -> str:
         tokenize=False,
         continue_final_message=has_prefill,
         add_generation_prompt=not has_prefill,
-        **json.loads(args.chat_template_config or "{}"),
+        **(args.chat_template_config or {}),
     )
     return text
 

@@ -87,6 +87,8 @@ def load_pair(args: argparse.Namespace, model: str | None, tokenizer_config: dic
 
 def sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array] | None:
     """Return mlx-lm's sampler for the flags of `add_sampling`, or None where the best token is taken."""
+    if args.temp < 0:
+        raise ValueError(f"--temp is {args.temp}, but it must be 0 or more: 0 takes the best token")
     if args.temp == 0:
         return None
     drawn: Callable[[mx.array], mx.array] = make_sampler(
@@ -128,6 +130,12 @@ def step_options(args: argparse.Namespace, measured: Calibration | None) -> dict
         "prefill_step_size",
     )
     return {**drafting, **{name: getattr(args, name) for name in names}}
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Return whether `apply_chat_template` will do."""
+    # mlx-lm 0.28 has no such field, nor templates but the tokenizer's
+    return bool(getattr(tokenizer, "has_chat_template", tokenizer.chat_template is not None))
 
 
 def boolean(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import mlx_lm
+from huggingface_hub.errors import HFValidationError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_port import checkpoint
@@ -37,12 +38,18 @@ def load(
         mlx_lm_options: `mlx_lm.load`'s own, `adapter_path` and `tokenizer_config` among them.
 
     Raises:
-        ValueError: the drafter cannot be loaded, or was made for another target.
+        ValueError: one of the two cannot be loaded, or the drafter was made for another target.
         NotImplementedError: the target cannot verify drafts.
     """
     # a mistake in what is small is said before what is large is read
     checkpoint.load_config(checkpoint.resolve(drafter))
-    stock, tokenizer = mlx_lm.load(model, **mlx_lm_options)[:2]
+    try:
+        stock, tokenizer = mlx_lm.load(model, **mlx_lm_options)[:2]
+    except (HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"no target at {model!r} ({reason}): pass a directory or a Hub id, and check the network and HF_HUB_OFFLINE"
+        ) from None
     target = Target(stock, recurrent)
     loaded = checkpoint.load_drafter(drafter, dtype=target.dtype, bits=drafter_bits, group_size=drafter_group_size)
     target.lend(loaded)

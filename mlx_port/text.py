@@ -12,7 +12,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 
 from mlx_port import acceptance, beam_search, cache, token_tree
 from mlx_port.beam_search import Candidates
-from mlx_port.cache import Caches, Rows
+from mlx_port.cache import Appended, Caches, Snapshot
 from mlx_port.drafter import ReDrafter
 from mlx_port.plan import Plan
 from mlx_port.target import Target
@@ -43,11 +43,12 @@ class Verified(NamedTuple):
     nodes: list[int]  # root, accepted nodes: token i was drawn at nodes[i]
     log_probs: mx.array  # [1 + N, vocab]
     candidates: tuple[list[int], list[int], list[float]]  # of the continuations of the bonus token
-    copies: list[Rows]
+    appended: list[Appended]
+    before: Snapshot | None  # where nodes cannot be dropped: what to read the accepted ones again from
 
 
 class Text:
-    """One text in the making."""
+    """One text in the making; closed, wherever it stands, it leaves the caches to whoever goes on."""
 
     def __init__(
         self,
@@ -62,59 +63,77 @@ class Text:
         self.target, self.caches, self.quantization = target, caches, quantization
         self.plan, self.sampler, self.processors = plan, sampler, processors
         self.history: list[int] = []  # tokens before the root
-        self.states: list[Any] = []  # of recurrent layers, before the tree
+        self.unread: list[int] = []  # the root, as long as the caches lack it
+        self.num_emitted = 0  # tokens since the last commit, or of mlx-lm's last step
+        self._verified: Verified | None = None
+        self._ahead: Snapshot | None = None  # the caches before that step
         self.search = _compiled_search(target, drafter, plan)
 
     def read(self, token_ids: list[int]) -> None:
-        """Append tokens to the caches; nothing waits for it."""
-        with mx.stream(generation_stream):
+        """Append tokens, the last that are unread, to the caches; nothing waits for it."""
+        with cache.restored_on_failure(self.caches), mx.stream(generation_stream):
             self.target.model(mx.array(token_ids)[None], cache=self.caches)
             self._quantize()
-        self.history += token_ids
+            self.history += token_ids
+            self.unread = []
 
     def verify(self, tree: TokenTree) -> Verified:
-        """Look at root and nodes, accept, and search on from there."""
-        size = len(tree.token_ids)
-        if self.target.mode is Mode.REPLAY:
-            self.states = cache.snapshot(self.caches)
-        with mx.stream(generation_stream):
-            seen = self.target.look(tree, self.caches)
-            log_probs, choices = self._draw(tree, seen.logits)
-            walk = acceptance.walk(tree, choices)
-            end = walk.num_accepted
-            candidates = Candidates(*self.search(seen.hidden[walk.nodes[end]], walk.token_ids[end]))
-            copies = [] if self.target.mode is Mode.REPLAY else cache.gather(self.caches, size, walk.nodes)
-            # the one wait of a step
-            mx.eval(walk, candidates, copies)
-        count = walk.num_accepted.item() + 1
-        return Verified(
-            tree,
-            walk.token_ids.tolist()[:count],
-            walk.nodes.tolist()[:count],
-            log_probs,
-            tuple(column.tolist() for column in candidates),
-            copies,
-        )
+        """Look at root and nodes, accept, and search on from there; if that is broken off, no node is left behind."""
+        size, replays = len(tree.token_ids), self.target.mode is Mode.REPLAY
+        before: Snapshot | None = cache.snapshot(self.caches)
+        appended: list[Appended] = []
+        try:
+            with mx.stream(generation_stream):
+                seen = self.target.look(tree, self.caches)
+                log_probs, choices = self._draw(tree, seen.logits)
+                walk = acceptance.walk(tree, choices)
+                end = walk.num_accepted
+                candidates = Candidates(*self.search(seen.hidden[walk.nodes[end]], walk.token_ids[end]))
+                if not replays:
+                    appended = cache.gather(self.caches, size, walk.nodes)
+                    # nothing may hold the old buffers while new ones are filled
+                    before = None
+                # the one wait of a step
+                mx.eval(walk, candidates, appended)
+            count = walk.num_accepted.item() + 1
+            nodes, token_ids = walk.nodes.tolist()[:count], walk.token_ids.tolist()[:count]
+            columns = tuple(column.tolist() for column in candidates)
+            self.num_emitted = 0
+            self._verified = Verified(tree, token_ids, nodes, log_probs, columns, appended, before)
+            return self._verified
+        except BaseException:
+            self._verified = None
+            if before is None:
+                cache.commit(self.caches, [0], appended)
+                self.unread = []
+            else:
+                cache.restore(self.caches, before)
+            raise
 
-    def commit(self, verified: Verified, num_emitted: int) -> None:
-        """Keep the root and the nodes of the first `num_emitted` tokens; the bonus token has no node yet."""
-        nodes = verified.nodes[: 1 + num_emitted]
-        token_ids, size = [verified.tree.token_ids[node] for node in nodes], len(verified.tree.token_ids)
+    def commit(self) -> None:
+        """Keep the root and the nodes of the tokens emitted; the bonus token has no node yet."""
+        verified = self._verified
+        assert verified is not None
+        nodes = verified.nodes[: 1 + self.num_emitted]
+        token_ids = [verified.tree.token_ids[node] for node in nodes]
+        # up to where the verification is forgotten, all of it can be done again
         with mx.stream(generation_stream):
-            if self.target.mode is not Mode.REPLAY:
-                cache.commit(self.caches, size, nodes, verified.copies)
-            elif len(nodes) < size:
-                cache.restore(self.caches, self.states)
+            if verified.before is None:
+                cache.commit(self.caches, nodes, verified.appended)
+            elif len(nodes) < len(verified.tree.token_ids):
+                cache.restore(self.caches, verified.before)
                 # nothing waits for it: it becomes a part of the next step's graph
                 self.target.model(mx.array(token_ids)[None], cache=self.caches)
-            self._quantize()
+        self.unread = verified.token_ids[-1:] if self.num_emitted == len(verified.nodes) else []
+        self._verified = None
         self.history += token_ids
+        self._quantize()
 
-    def undrafted(self, root: int, max_tokens: int) -> Iterator[tuple[int, mx.array]]:
+    def undrafted(self, max_tokens: int) -> Iterator[tuple[int, mx.array]]:
         """Yield tokens and log-probabilities behind the root as mlx-lm alone decodes them."""
         history = mx.array(self.history)
         steps: Iterator[tuple[int, mx.array]] = stock_generate_step(
-            mx.array([root]),
+            mx.array(self.unread),
             self.target.model,
             max_tokens=max_tokens,
             sampler=self.sampler,
@@ -124,7 +143,36 @@ class Text:
             kv_group_size=self.quantization.group_size,
             quantized_kv_start=self.quantization.start,
         )
-        return steps
+        while True:
+            # mlx-lm reads a token before it yields it
+            self._ahead, self.num_emitted = cache.snapshot(self.caches), 0
+            step = next(steps, None)
+            if step is None:
+                return
+            yield step
+            self.unread = []
+
+    def close(self) -> None:
+        """Leave the caches as mlx-lm does: they have read all that was emitted, and nothing else."""
+        try:
+            self._settle()
+        except BaseException:
+            # a Ctrl-C here of all places
+            self._settle()
+            raise
+
+    def _settle(self) -> None:
+        if self._ahead is not None:
+            if self.num_emitted:
+                self.unread = []
+            else:
+                cache.restore(self.caches, self._ahead)
+            self._ahead = None
+        if self._verified is not None:
+            self.commit()
+        self._quantize()
+        if self.unread:
+            self.read(self.unread)
 
     def draft(self, verified: Verified) -> TokenTree:
         """Return the next tree, no deeper than the target has positions."""
@@ -156,7 +204,8 @@ class Text:
 
     def _quantize(self) -> None:
         quantization = self.quantization
-        maybe_quantize_kv_cache(self.caches, quantization.start, quantization.group_size, quantization.bits)
+        with mx.stream(generation_stream):
+            maybe_quantize_kv_cache(self.caches, quantization.start, quantization.group_size, quantization.bits)
 
 
 def _behind(history: mx.array, processor: LogitsProcessor, tokens: mx.array, logits: mx.array) -> mx.array:

@@ -56,9 +56,11 @@ def forward(model: nn.Module, heads: Sequence[nn.Module], tree: TokenTree, cache
         heads: the layers of the model that may be its head.
     """
     token_ids = mx.array(tree.token_ids)
-    if len(tree.token_ids) == 1 or mode.takes_chains_only:
+    if len(tree.token_ids) == 1 or mode is Mode.REPLAY:
         return _forward(model, heads, token_ids[None], caches)
     layout = Layout(tree, cache.num_cached(caches))
+    if mode is Mode.CHAIN:
+        return _forward(model, heads, token_ids[None], cache.views(caches, layout, cache.chain_view))
     if mode is Mode.ROWS:
         return _forward(model, heads, token_ids[:, None], cache.views(caches, layout, RowsView))
     with _position_per_node():
@@ -78,10 +80,10 @@ def _listening(heads: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, mx.
     """Yield a list to which every call of a head adds the head and its input."""
     heard: list[tuple[nn.Module, mx.array]] = []
     kinds = [type(head) for head in heads]
-    for head, kind in zip(heads, kinds, strict=True):
-        # Python looks a call up on the class, and an object in the layer's place would hide its parameters
-        head.__class__ = _listener(kind, heard)
     try:
+        for head, kind in zip(heads, kinds, strict=True):
+            # Python looks a call up on the class, and an object in the layer's place would hide its parameters
+            head.__class__ = _listener(kind, heard)
         yield heard
     finally:
         for head, kind in zip(heads, kinds, strict=True):
@@ -111,8 +113,8 @@ def _position_per_node() -> Iterator[None]:
             return stock(x, dims, offset=offset, **options)
         return stock(x.swapaxes(0, -2), dims, offset=offset, **options).swapaxes(0, -2)
 
-    mx.fast.rope = rope
     try:
+        mx.fast.rope = rope
         yield
     finally:
         mx.fast.rope = stock

@@ -46,6 +46,13 @@ def test_a_sweep_writes_apples_columns_and_draws_its_figures(
     assert {"mlx", "mlx_lm", "device", "command"} <= set(summary)
 
 
+def test_a_sweep_is_apples_unless_told_otherwise() -> None:
+    arguments = benchmark._make_parser().parse_args([*PAIR, "--output", "o"])
+
+    assert (arguments.widths, arguments.lengths) == ([1, 2, 3, 4], [2, 3, 4, 5])
+    assert (arguments.dtypes, arguments.max_tokens) == (["fp16", "bf16", "q4"], 200)
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [("fp16", mx.float16), ("bf16", mx.bfloat16), ("q4", mx.bfloat16)])
 def test_a_pair_is_loaded_in_the_type_asked_for(dtype: str, expected: mx.Dtype) -> None:
     target, _, drafter = benchmark.load_as(str(EXAMPLE / "target"), str(EXAMPLE / "drafter"), dtype)
@@ -78,3 +85,11 @@ def test_a_cell_is_the_mean_of_its_runs() -> None:
 def test_a_beam_length_without_a_draft_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main([*PAIR, "--output", str(tmp_path), "--lengths", "1"]) == 1
     assert "a beam length is 1, but it counts the init token: it must be 2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "value", "least"), [("--runs", 0, 1), ("--max-tokens", 1, 2), ("--widths", 0, 1)])
+def test_a_sweep_of_nothing_is_refused(
+    flag: str, value: int, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main([*PAIR, "--output", str(tmp_path), flag, str(value)]) == 1
+    assert f"{flag} is {value}, but it must be {least} or more" in capsys.readouterr().err

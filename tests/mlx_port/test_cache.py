@@ -39,13 +39,15 @@ def _held(layer: object) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "past"), [("kv", 5), ("kv", 254), ("quantised", 5), ("rotating", 4), ("rotating", 30)]
 )
-def test_the_accepted_rows_stay_and_the_others_go(kind: str, past: int, nodes: list[int]) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_accepted_rows_stay_and_the_others_go(kind: str, past: int, nodes: list[int], times: int) -> None:
     layer = _filled(kind, past)
     layer.update_and_fetch(_rows(past, 5), _rows(past, 5))
 
-    copies = cache.gather([layer], 5, mx.array(nodes))
-    mx.eval(copies)
-    cache.commit([layer], 5, nodes, copies)
+    appended = cache.gather([layer], 5, mx.array(nodes))
+    mx.eval(appended)
+    for _ in range(times):
+        cache.commit([layer], nodes, appended)
 
     assert layer.offset == past + len(nodes)
     seen = [*range(past), *(past + node for node in nodes), 99]
@@ -60,18 +62,19 @@ def test_lists_of_caches_are_committed_one_by_one() -> None:
     for layer in layers.caches:
         layer.update_and_fetch(_rows(3, 3), _rows(3, 3))
 
-    copies = cache.gather([layers], 3, mx.array([0, 2]))
-    mx.eval(copies)
-    cache.commit([layers], 3, [0, 2], copies)
+    appended = cache.gather([layers], 3, mx.array([0, 2]))
+    mx.eval(appended)
+    cache.commit([layers], [0, 2], appended)
 
     assert [_held(layer) for layer in layers.caches] == [[0, 1, 2, 3, 5, 99]] * 2
     assert cache.num_cached([layers]) == 6
 
 
 @pytest.mark.parametrize("past", [0, 3, 7, 20])
-def test_a_mask_lets_nodes_see_what_they_would_see_alone(past: int) -> None:
+@pytest.mark.parametrize("window", [5, None])
+def test_a_mask_lets_nodes_see_what_they_would_see_alone(past: int, window: int | None) -> None:
     tree = token_tree.best_nodes(0, [1, 2, 3, 4], [-1, 0, 1, -1], [-1.0, -2.0, -3.0, -4.0], 4)
-    layout, max_size, keep, window = Layout(tree, past), 8, 2, 5
+    layout, max_size, keep = Layout(tree, past), 8, 2
 
     mask = layout.mask(max_size, keep, window).tolist()
 
@@ -82,7 +85,7 @@ def test_a_mask_lets_nodes_see_what_they_would_see_alone(past: int) -> None:
         for column, row in enumerate(rows):
             is_held = row < keep or position - row < max_size - keep
             is_above = column < len(held) or bool(tree.ancestors[node] >> column - len(held) & 1)
-            assert mask[node][column] == (is_held and is_above and position - row < window)
+            assert mask[node][column] == (is_held and is_above and (window is None or position - row < window))
 
 
 @pytest.mark.parametrize("kind", ["kv", "quantised"])
@@ -95,9 +98,9 @@ def test_the_time_of_a_commit_does_not_grow_with_the_cache(kind: str) -> None:
             start = time.perf_counter()
             for layer in layers:
                 layer.update_and_fetch(_rows(0, 9), _rows(0, 9))
-            copies = cache.gather(layers, 9, mx.array([0, 2, 5]))
-            mx.eval(copies)
-            cache.commit(layers, 9, [0, 2, 5], copies)
+            appended = cache.gather(layers, 9, mx.array([0, 2, 5]))
+            mx.eval(appended)
+            cache.commit(layers, [0, 2, 5], appended)
             seconds.append(time.perf_counter() - start)
         return median(seconds)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from mlx_port import checkpoint, formats
 from mlx_port.checkpoint import load_drafter
 from mlx_port.config import ReDrafterConfig
+from tests.loopback_hub import running_hub
 from tests.mlx_port.twins import EXAMPLE, HIDDEN, VARIANTS, VOCAB, load_twins, save_random, to_numpy
 from vllm_redrafter.core import checkpoint as core
 
@@ -43,6 +47,8 @@ def test_configs_are_those_of_torch(variant: str, tmp_path: Path) -> None:
 def test_apples_checkpoints_load(tmp_path: Path) -> None:
     directory = save_random(tmp_path)
     weights = mx.load(str(directory / "model.safetensors")) | {"emb_norm.weight": mx.ones(HIDDEN)}
+    # MLX reads a tensor when it is used, and the file is about to be written
+    mx.eval(weights)
     mx.save_safetensors(str(directory / "model.safetensors"), weights)
     (directory / "config.json").write_text(json.dumps(APPLE))
 
@@ -82,6 +88,28 @@ def test_older_tensor_names_and_shards_load(tmp_path: Path) -> None:
 
     state = drafter.advance(drafter.start(mx.ones(HIDDEN)), mx.ones(HIDDEN))
     assert mx.array_equal(drafter.logits(state), expected(state))
+
+
+def test_a_hub_id_is_fetched_without_what_could_run(tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in save_random(tmp_path / "drafter").iterdir()}
+    program = "import sys; from mlx_port import checkpoint; print(checkpoint.load_drafter(sys.argv[1]).config)"
+    with running_hub() as (endpoint, hub):
+        hub.branches["user/drafter"] = {"main": "c" * 40}
+        hub.commits["c" * 40] = files | {"pytorch_model.bin": b"pickle", "run.py": b"print()"}
+        # a process of its own: the Hub's client reads its environment when it is imported
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        result = subprocess.run(
+            [sys.executable, "-c", program, "user/drafter"],
+            env=environment,
+            cwd=EXAMPLE.parents[1],
+            capture_output=True,
+            text=True,
+        )
+
+    assert result.stdout == f"{checkpoint.load_config(tmp_path / 'drafter')}\n", result.stderr
+    assert not [request for request in hub.requests if request.endswith((".bin", ".py"))]
 
 
 def test_a_drafter_keeps_its_type_unless_another_is_asked_for() -> None:

@@ -75,7 +75,7 @@ def test_greedy_text_is_that_of_mlx_lm_with_a_quantised_cache(name: str, start: 
     assert telemetry.accepted_draft_token_count > 0
 
 
-@pytest.mark.parametrize("max_kv_size", [8, 13, 30])
+@pytest.mark.parametrize("max_kv_size", [5, 8, 13, 30])
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_greedy_text_is_that_of_mlx_lm_when_a_rotating_cache_wraps(name: str, max_kv_size: int) -> None:
     target = make_target(name)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from scipy.stats import chisquare
 
 from mlx_port.target import Target
@@ -27,6 +27,8 @@ class Case(NamedTuple):
 
     options: dict
     expected: Callable[[Probabilities], Probabilities]
+    penalty: float = 1.0
+    """What mlx-lm's repetition penalty divides positive logits by."""
 
 
 def _tempered(probabilities: Probabilities, temp: float) -> Probabilities:
@@ -55,9 +57,16 @@ def _xtc(probabilities: Probabilities) -> Probabilities:
     return (probabilities + excluded) / 2
 
 
+def _penalized(logits: np.ndarray, text: tuple[int, ...], penalty: float) -> np.ndarray:
+    seen = sorted({*PROMPT, *text})
+    logits[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+    return logits
+
+
 CASES = {
     "top_k": Case({"temp": 0.8, "top_k": 2}, _top_k),
     "top_p": Case({"temp": 1.0, "top_p": 0.6}, _top_p),
+    "top_k, repetition penalty": Case({"temp": 0.8, "top_k": 2}, _top_k, 1.4),
     "xtc": Case({"temp": 1.0, "top_p": 0.6, "xtc_probability": 0.5, "xtc_threshold": 0.15}, _xtc),
 }
 
@@ -76,6 +85,7 @@ def _exact(target: Target, case: Case) -> dict[tuple[int, ...], float]:
         longer = {}
         for text, probability in texts.items():
             logits = np.array(target.model(mx.array([[*PROMPT, *text]]))[0, -1].tolist())
+            logits = _penalized(logits, text, case.penalty)
             softmax = np.exp(logits - logits.max())
             for token_id, chance in enumerate(case.expected(softmax / softmax.sum())):
                 if chance > 0:
@@ -103,17 +113,19 @@ def _p_value(observed: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], fl
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_texts_have_exactly_the_targets_distribution(name: str) -> None:
     case, target = CASES[name], _make_target()
-    sampler = make_sampler(**case.options)
+    options = {"sampler": make_sampler(**case.options)}
+    if case.penalty != 1:
+        options["logits_processors"] = make_logits_processors(repetition_penalty=case.penalty)
     exact = _exact(target, case)
     mx.random.seed(11)
 
     num_accepted = 0
     ours: Counter[tuple[int, ...]] = Counter()
     for _ in range(NUM_TEXTS):
-        text, telemetry = drafted(target, PROMPT, NUM_TOKENS, sampler=sampler, plan=make_plan(3, 2, 6))
+        text, telemetry = drafted(target, PROMPT, NUM_TOKENS, plan=make_plan(3, 2, 6), **options)
         ours[tuple(text)] += 1
         num_accepted += telemetry.accepted_draft_token_count
-    theirs = Counter(tuple(alone(target, PROMPT, NUM_TOKENS, sampler=sampler)) for _ in range(NUM_TEXTS))
+    theirs = Counter(tuple(alone(target, PROMPT, NUM_TOKENS, **options)) for _ in range(NUM_TEXTS))
 
     assert _p_value(ours, exact) > SIGNIFICANCE
     assert _p_value(theirs, exact) > SIGNIFICANCE

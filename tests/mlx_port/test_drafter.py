@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.mlx_port.tiny_models import make_drafter
-from tests.mlx_port.twins import HIDDEN, VARIANTS, Twins, load_twins, save_random, to_numpy
+from tests.mlx_port.twins import EXAMPLE, VARIANTS, Twins, load_twins, save_random, to_numpy
 
 
 def _states(twins: Twins) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return logits and log-probabilities after three tokens on four beams, by torch and by MLX."""
     random = np.random.default_rng(2)
-    hidden = random.normal(size=(1, HIDDEN)).astype(np.float32)
+    hidden = random.normal(size=(1, twins.torch.config.hidden_size)).astype(np.float32)
     tokens = random.integers(twins.torch.config.vocab_size, size=(3, 4))
     theirs, ours = twins.torch.start(torch.from_numpy(hidden)), twins.mlx.start(mx.array(hidden))
     for row in tokens:
@@ -36,6 +36,14 @@ def test_logits_are_those_of_torch(variant: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(our_logits, logits, atol=2e-4, rtol=1e-5)
     np.testing.assert_allclose(our_log_probs, log_probs, atol=2e-4, rtol=1e-5)
     assert np.isneginf(log_probs).any() == ("top" in variant)
+
+
+def test_logits_of_the_example_pair_are_those_of_torch() -> None:
+    logits, log_probs, our_logits, our_log_probs = _states(load_twins(EXAMPLE / "drafter"))
+
+    # sums of up to 512 products in another order, in float32
+    np.testing.assert_allclose(our_logits, logits, atol=2e-3, rtol=1e-5)
+    np.testing.assert_allclose(our_log_probs, log_probs, atol=2e-3, rtol=1e-5)
 
 
 def test_equal_scores_at_the_threshold_are_all_kept() -> None:

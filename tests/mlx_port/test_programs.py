@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import importlib
 import io
 import os
 import subprocess
@@ -19,14 +21,36 @@ ROOT = EXAMPLE.parents[1]
 PAIR = ["--model", str(EXAMPLE / "target"), "--drafter", str(EXAMPLE / "drafter")]
 
 
+# without a budget forwards are timed first
+BUDGET = ("--tree-budget", "8")
+# obsolete or without effect in mlx-lm, and images
+NOT_TAKEN = {"--use-default-chat-template", "--image", "--quantize-activations", "-qa"}
+
+
 def _generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    status = generate.main([*PAIR, "--max-tokens", "12", "--ignore-chat-template", *arguments])
+    status = generate.main([*PAIR, *BUDGET, "--max-tokens", "12", "--ignore-chat-template", *arguments])
     assert status == 0
     return capsys.readouterr().out
 
 
+def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {flag: action for action in parser._actions for flag in action.option_strings}
+
+
+def test_generate_takes_mlx_lms_flags_with_its_defaults() -> None:
+    stock = _flags(importlib.import_module("mlx_lm.generate").setup_arg_parser())
+    ours = _flags(generate._make_parser())
+
+    assert stock.keys() - ours.keys() <= NOT_TAKEN
+    # a drafter has a length of its own, and mlx-lm's versions do not agree about the last one
+    for flag in stock.keys() & ours.keys() - {"--draft-model", "--num-draft-tokens", "--xtc-threshold"}:
+        assert (flag, ours[flag].default, ours[flag].nargs) == (flag, stock[flag].default, stock[flag].nargs)
+    assert {"--drafter", "--beam-width", "--draft-length", "--tree-budget", "--drafter-bits"} <= ours.keys()
+
+
 def test_generate_prints_the_text_and_its_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = _generate(capsys, "--prompt", PROMPTS[0]).split("=" * 10 + "\n")
+    assert generate.main([*PAIR, "--max-tokens", "12", "--ignore-chat-template", "--prompt", PROMPTS[0]]) == 0
+    lines = capsys.readouterr().out.split("=" * 10 + "\n")
 
     assert lines[0].strip()
     assert [line.partition(":")[0] for line in lines[1].splitlines()] == [
@@ -46,13 +70,36 @@ def test_generate_without_verbose_prints_what_mlx_lm_returns(capsys: pytest.Capt
     assert _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F") == expected + "\n"
 
 
+@pytest.mark.parametrize(
+    "flags", [("--drafter-bits", "4"), ("--drafter-bits", "8"), ("--beam-width", "2", "--draft-length", "3")], ids=str
+)
+def test_how_drafts_are_made_leaves_a_greedy_text_alone(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F")
+
+    assert _generate(capsys, *flags, "--prompt", PROMPTS[0], "--verbose", "F") == plain
+
+
+def test_a_text_ends_at_an_extra_end_token(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_pair().tokenizer
+    plain = _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F")[:-1]
+    token_ids = tokenizer.encode(plain, add_special_tokens=False)
+    end = token_ids.index(token_ids[7])
+    token = tokenizer.convert_ids_to_tokens(token_ids[end])
+
+    ended = _generate(capsys, "--extra-eos-token", token, "--prompt", PROMPTS[0], "--verbose", "F")
+
+    assert ended == tokenizer.decode(token_ids[:end]) + "\n"
+
+
 def test_mlx_lms_names_for_drafting_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     plain = _generate(capsys, "--prompt", PROMPTS[0], "--verbose", "F")
 
     status = generate.main(
         [
             *("--model", str(EXAMPLE / "target"), "--draft-model", str(EXAMPLE / "drafter"), "--num-draft-tokens", "2"),
-            *("-m", "12", "--ignore-chat-template", "-p", PROMPTS[0], "--verbose", "F"),
+            *(*BUDGET, "-m", "12", "--ignore-chat-template", "-p", PROMPTS[0], "--verbose", "F"),
         ]
     )
 
@@ -94,7 +141,12 @@ def test_a_saved_prompt_cache_is_continued(capsys: pytest.CaptureFixture[str], t
 
 
 def test_what_the_user_got_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "damaged").write_text("no caches")
     cases = {
+        "no target at '/nowhere'": ["--model", "/nowhere", *PAIR[2:]],
+        "--temp is -1.0, but it must be 0 or more": [*PAIR, *BUDGET, "--temp", "-1"],
+        "max_kv_size is 4, but mlx-lm always keeps 4 tokens": [*PAIR, *BUDGET, "--max-kv-size", "4"],
+        "is no prompt cache": [*PAIR, "--prompt-cache-file", str(tmp_path / "damaged")],
         "the tree budget is 99, but it must lie between 1 and 63": [*PAIR, "--tree-budget", "99"],
         "does not fit this llama target": [*PAIR[:2], "--drafter", str(save_random(tmp_path / "other"))],
         "no config.json in": [*PAIR[:2], "--drafter", str(tmp_path)],
@@ -109,12 +161,19 @@ def test_what_the_user_got_wrong_is_one_sentence(capsys: pytest.CaptureFixture[s
         assert len(captured.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("text", "message"), [("{x", "is not JSON"), ("[1]", "must be a JSON object of")])
+def test_template_arguments_must_be_a_json_object(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate.main([*PAIR, "--chat-template-config", text])
+    assert message in capsys.readouterr().err
+
+
 def test_chat_remembers_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
     for lines in (["What is a list?", "And a tuple?"], ["What is a list?", "r", "And a tuple?"]):
         inputs = iter([*lines, "h", "q"])
         monkeypatch.setattr("builtins.input", lambda prompt, inputs=inputs: next(inputs))
-        assert chat.main([*PAIR, "--max-tokens", "10"]) == 0
+        assert chat.main([*PAIR, *BUDGET, "--max-tokens", "10"]) == 0, capsys.readouterr().err
         answers.append([part for part in capsys.readouterr().out.splitlines() if part])
 
     assert answers[0][0] == "q leaves, r starts afresh, h says this"
@@ -123,13 +182,10 @@ def test_chat_remembers_the_conversation(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_chat_needs_a_template(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_lm.tokenizer_utils.TokenizerWrapper.has_chat_template", False, raising=False)
-    pair = make_pair()
-    monkeypatch.setattr(chat.options, "load_pair", lambda *_: pair)
-    pair.tokenizer.has_chat_template = False
+    monkeypatch.setattr(chat.options, "has_chat_template", lambda _: False)
+    monkeypatch.setattr(chat.options, "load_pair", lambda *_: make_pair())
 
     assert chat.main(PAIR) == 1
-    pair.tokenizer.has_chat_template = True
     assert "has no chat template" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_port.decoding import generate_step
 from mlx_port.target import Target
 from mlx_port.tree_forward import Mode
+from tests.mlx_port.test_text import assert_every_nth_line_may_be_interrupted
 from tests.mlx_port.tiny_models import HIDDEN, PROMPT, SIZES, VOCAB, alone, drafted, make_drafter, make_model, make_plan
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -83,6 +84,10 @@ def test_wherever_the_caller_stops_the_caches_have_read_what_was_yielded(target:
         steps.close()
 
         assert alone(target, text[count : count + 1], 8, prompt_cache=caches) == text[count + 1 : count + 9]
+
+
+def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(target: Target) -> None:
+    assert_every_nth_line_may_be_interrupted(target, 101, plan=make_plan(1, 3, 3))
 
 
 def test_recurrent_targets_must_be_asked_for() -> None:

@@ -70,6 +70,18 @@ def test_a_served_text_is_mlx_lms(url: str) -> None:
     assert answers[0]["usage"]["completion_tokens"] == 16
 
 
+def test_a_served_text_ends_before_a_stop_word(url: str) -> None:
+    whole = _complete(url)["choices"][0]["text"]
+    tokenizer = make_pair().tokenizer
+    # mlx-lm 0.28 finds a stop word by its tokens
+    words = [tokenizer.decode([token_id]) for token_id in tokenizer.encode(whole, add_special_tokens=False)]
+    stop = next(word for word in words[4:] if len(tokenizer.encode(word, add_special_tokens=False)) == 1)
+
+    answer = _complete(url, stop=[stop])["choices"][0]
+
+    assert (answer["text"], answer["finish_reason"]) == (whole.partition(stop)[0], "stop")
+
+
 def test_the_served_drafter_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = make_pair()
     handle, tokenizer = server.load(str(EXAMPLE / "drafter"))

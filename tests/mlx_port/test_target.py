@@ -12,11 +12,21 @@ from mlx_lm.models.cache import ChunkedKVCache
 from mlx_port import tree_forward
 from mlx_port.target import Target
 from mlx_port.tree_forward import Mode
-from tests.mlx_port.tiny_models import CONFIGS, PROMPT, SIZES, alone, drafted, make_drafter, make_model, make_plan
+from tests.mlx_port.tiny_models import (
+    CONFIGS,
+    PROMPT,
+    SIZES,
+    VOCAB,
+    alone,
+    drafted,
+    make_drafter,
+    make_model,
+    make_plan,
+)
 
 AFM7 = {
     "model_type": "afm7",
-    "vocab_size": 64,
+    "vocab_size": VOCAB,
     "hidden_dim": 64,
     "num_layers": 3,
     "num_kv_reuse_layers": 2,
@@ -46,8 +56,9 @@ def test_a_model_that_gets_trees_silently_wrong_decodes_chains(caplog: pytest.Lo
 
     assert target.mode is Mode.CHAIN
     assert "afm7 decodes chains only, as mode 'tree' fails its test at load" in caplog.text
-    token_ids, telemetry = drafted(target, PROMPT, 40, drafter=make_drafter(vocab_size=64))
+    token_ids, telemetry = drafted(target, PROMPT, 40)
     assert token_ids == alone(target, PROMPT, 40)
+    assert telemetry.accepted_draft_token_count > 0
     assert telemetry.draft_token_count == 4 * telemetry.round_count
 
 
@@ -55,14 +66,26 @@ def test_a_wide_plan_is_refused_where_only_chains_are_decoded() -> None:
     target = Target(make_model(AFM7))
 
     with pytest.raises(ValueError, match="the beam width is 2, but the afm7 target decodes chains only: make it 1"):
-        drafted(target, PROMPT, 4, drafter=make_drafter(vocab_size=64), plan=make_plan(2, 2, 4))
+        drafted(target, PROMPT, 4, plan=make_plan(2, 2, 4))
 
 
-def test_a_rope_that_takes_no_array_of_offsets_decodes_chains() -> None:
-    target = Target(make_model(DYNAMIC))
+def test_a_rope_that_takes_no_array_of_offsets_decodes_chains(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        target = Target(make_model(DYNAMIC))
 
     assert target.mode is Mode.CHAIN
+    assert "internlm2 decodes chains only, as mode 'tree' fails its test at load" in caplog.text
     assert drafted(target, PROMPT, 40)[0] == alone(target, PROMPT, 40)
+
+
+@pytest.mark.parametrize("max_kv_size", [8, 13, 30])
+def test_chains_are_read_as_single_tokens_are_where_a_rotating_cache_wraps(max_kv_size: int) -> None:
+    target = Target(make_model(DYNAMIC))
+
+    token_ids, telemetry = drafted(target, PROMPT, 60, plan=make_plan(1, 3, 3), max_kv_size=max_kv_size)
+
+    assert token_ids == alone(target, PROMPT, 60, max_kv_size=max_kv_size)
+    assert telemetry.accepted_draft_token_count > 0
 
 
 @pytest.mark.parametrize("broken", ["positions", "mask"])
