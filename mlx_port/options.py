@@ -17,6 +17,9 @@ from mlx_port.target import Target
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 """mlx-lm's own."""
 
+_INTERRUPTED = 130
+"""Exit status: 128 and the number of SIGINT."""
+
 
 def run(
     parser: argparse.ArgumentParser, program: Callable[[argparse.Namespace], None], arguments: list[str] | None
@@ -28,6 +31,10 @@ def run(
     except (ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # the line that was being written ends here
+        print("\ninterrupted", file=sys.stderr)
+        return _INTERRUPTED
     return 0
 
 

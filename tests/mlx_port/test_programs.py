@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.generate import generate as stock_generate
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
-from mlx_port import chat, generate
+from mlx_port import chat, generate, options
 from tests.mlx_port.test_stream import PROMPTS, make_pair
 from tests.mlx_port.twins import EXAMPLE, save_random
 
@@ -166,6 +166,14 @@ def test_template_arguments_must_be_a_json_object(text: str, message: str, capsy
     with pytest.raises(SystemExit, match="2"):
         generate.main([*PAIR, "--chat-template-config", text])
     assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_program_says_so_and_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(args: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert options.run(argparse.ArgumentParser(), interrupt, []) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_chat_remembers_the_conversation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
