@@ -52,7 +52,10 @@ def main() -> None:
             if behaviour.get("hangs"):
                 time.sleep(60)
         stats = behaviour.get("stats", {}) if spec["speculative_config"] else {}
-        send({"event": "done", "seconds": 0.5 if spec["speculative_config"] else 1.0, "stats": stats})
+        seconds = 0.5 if spec["speculative_config"] else 1.0
+        if "seconds_per_token" in behaviour:
+            seconds = behaviour["seconds_per_token"] * command["sampling"]["max_tokens"]
+        send({"event": "done", "seconds": seconds, "stats": stats})
 
 
 def answer_to(

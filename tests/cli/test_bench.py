@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.cli.conftest import FakePair
 from vllm_redrafter.bench import memory
@@ -155,6 +158,57 @@ def test_a_list_with_a_bad_value_is_a_wrong_usage(
     assert "is no integer of at least 1" in capsys.readouterr().err
 
 
+def steps_command(target: str, drafter: str, *more: str) -> list[str]:
+    command = ["bench", "steps", "--target", target, "--drafter", drafter, "--batch-sizes", "1", "--rounds", "1"]
+    return [*command, "--configs", "plain,tree8", "--max-tokens", "5", *more]
+
+
+def give_tokenizer(target: str) -> None:
+    config = LlamaConfig(vocab_size=64, max_position_embeddings=32)
+    config.save_pretrained(target)
+    words = WordLevel({"<unk>": 0, "one": 1, "two": 2, "three": 3}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
+
+
+def test_steps_prints_what_a_step_costs(
+    fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, drafter = fake_pair(seconds_per_token=0.002, with_drafter={"seconds_per_token": 0.0015, "stats": STATS})
+    give_tokenizer(target)
+    (tmp_path / "t.txt").write_text("one two three")
+
+    status = main(steps_command(target, drafter, "--contexts", "4,8", "--text", str(tmp_path / "t.txt")))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert lines[0].split() == ["batch", "context", "ms/step", "x", "plain", "tokens/step", "draft"]
+    assert lines[1].split() == ["plain", "1", "4", "2.00", "1.00x", "1.00", "–"]
+    # four tokens after the first, two in a step: 6 ms for two steps
+    assert lines[3].split() == ["tree8", "1", "4", "3.00", "1.50x", "2.00", "25.00"]
+    assert [cost["context"] for cost in json.loads(lines[-1])["costs"]] == [4, 8, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--contexts", "30"), "--contexts: prompt and answer have 35 tokens at most, but the target has 32 positions"),
+        (("--max-tokens", "1"), "--max-tokens is 1, but an answer's first token comes with its prompt"),
+        (("--configs", "tree8"), "the configurations tree8 lack 'plain', which they are compared with: add it"),
+        (("--configs", "plain,bush"), "there is no configuration 'bush'"),
+    ],
+)
+def test_steps_refuses_what_it_cannot_measure(
+    more: tuple[str, ...], message: str, fake_pair: FakePair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, drafter = fake_pair()
+    give_tokenizer(target)
+
+    assert main(steps_command(target, drafter, "--contexts", "4", *more)) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_grow_writes_a_pair_and_says_how_large_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = LlamaConfig(
         vocab_size=16,
@@ -185,7 +239,7 @@ def test_grow_refuses_a_directory_without_a_model(tmp_path: Path, capsys: pytest
     assert "vllm-redrafter bench: no config.json in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["speed", "grow"])
+@pytest.mark.parametrize("command", ["speed", "steps", "grow"])
 def test_help_of_a_bench_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\nfrom vllm_redrafter.cli.main import main\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_redrafter.cli import bench_grow, bench_kernels, bench_speed, bench_training
+from vllm_redrafter.cli import bench_grow, bench_kernels, bench_speed, bench_steps, bench_training
 
 
 def add_parser(commands: Any) -> None:
@@ -16,5 +16,5 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
-    for bench in (bench_speed, bench_kernels, bench_training, bench_grow):
+    for bench in (bench_speed, bench_steps, bench_kernels, bench_training, bench_grow):
         bench.add_parser(benches)

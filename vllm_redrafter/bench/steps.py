@@ -1,0 +1,128 @@
+"""What one decode step costs with and without drafts, by load and by length of context.
+
+The time of a step is a difference: that of long answers, less that of answers of one token to the same prompts, over
+the steps between. So neither the prompts nor what an engine does once per request is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple, Protocol
+
+from vllm_redrafter.bench.speed import PLAIN, SpeculativeConfig
+
+
+class Run(NamedTuple):
+    """What an engine did with some prompts."""
+
+    seconds: float
+    num_steps: list[int]
+    """Decode steps per request: the one that reads the prompt is not counted."""
+    num_tokens: int
+    """Of all answers."""
+    stats: Mapping[str, float]
+    """What the drafter's counters grew by; empty without a drafter."""
+
+
+class Engine(Protocol):
+    """A running engine."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Run:
+        """Answer prompts of tokens, greedily, with exactly so many tokens each."""
+
+
+Start = Callable[[SpeculativeConfig, int], contextlib.AbstractContextManager[Engine]]
+"""Starts an engine that runs at most so many requests at once, and ends it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    batch_sizes: Sequence[int] = (1, 4, 16, 64)
+    contexts: Sequence[int] = (1024, 8192, 32768)
+    """Tokens of a prompt."""
+    max_tokens: int = 64
+    """Of an answer."""
+    num_rounds: int = 3
+
+
+class StepCost(NamedTuple):
+    """One configuration at one load and length of context."""
+
+    config: str
+    batch_size: int
+    context: int
+    step_ms: float
+    """Median over rounds."""
+    ratio: float
+    """To a step of the target alone, by medians."""
+    tokens_per_step: float
+    """Of a request."""
+    parts_ms: dict[str, float]
+    """What the drafter's timers say of a step; empty where they do not run."""
+
+
+def measure(
+    configs: Mapping[str, SpeculativeConfig],
+    token_ids: Sequence[int],
+    plan: Plan,
+    start: Start,
+    report: Callable[[str], None],
+) -> Iterator[list[StepCost]]:
+    """Yield the costs of one batch size after another, every engine alone on the machine.
+
+    Args:
+        configs: by name; plain vLLM is among them.
+        token_ids: text that prompts are cut from; it comes again where it is too short.
+        report: told what is going on.
+
+    Raises:
+        ValueError: there is nothing to compare with, or no text.
+    """
+    if PLAIN not in configs:
+        raise ValueError(
+            f"the configurations {', '.join(configs)} lack {PLAIN!r}, which they are compared with: add it"
+        )
+    if not token_ids:
+        raise ValueError("there is no text to cut prompts from: pass some")
+    for batch_size in plan.batch_sizes:
+        found = []
+        for name, config in configs.items():
+            report(f"batch size {batch_size}: starting {name}")
+            with start(config, batch_size) as engine:
+                for context in plan.contexts:
+                    report(f"batch size {batch_size}, {name}, context {context}")
+                    prompts = [_cut(token_ids, context, index * context // batch_size) for index in range(batch_size)]
+                    found.append(_cost(name, prompts, plan, engine))
+        plain_ms = {cost.context: cost.step_ms for cost in found if cost.config == PLAIN}
+        yield [cost._replace(ratio=cost.step_ms / plain_ms[cost.context]) for cost in found]
+
+
+def _cost(name: str, prompts: Sequence[Sequence[int]], plan: Plan, engine: Engine) -> StepCost:
+    # whatever is compiled, learnt or cached once
+    engine.generate(prompts, plan.max_tokens)
+    step_ms, parts, num_tokens, num_steps = [], [], 0, 0
+    for _ in range(plan.num_rounds):
+        prefill = engine.generate(prompts, 1)
+        run = engine.generate(prompts, plan.max_tokens)
+        # requests decode side by side: the slowest has as many steps as the engine
+        steps = max(run.num_steps)
+        step_ms.append(1000 * (run.seconds - prefill.seconds) / steps)
+        parts.append({part: 1000 * value / steps for part, value in _timers(run.stats).items()})
+        num_tokens += run.num_tokens - len(prompts)
+        num_steps += sum(run.num_steps)
+    parts_ms = {part: median(each[part] for each in parts) for part in parts[0]}
+    return StepCost(name, len(prompts), len(prompts[0]), median(step_ms), 1.0, num_tokens / num_steps, parts_ms)
+
+
+def _timers(stats: Mapping[str, float]) -> dict[str, float]:
+    return {name.removesuffix("_seconds"): value for name, value in stats.items() if name.endswith("_seconds")}
+
+
+def _cut(token_ids: Sequence[int], length: int, offset: int) -> list[int]:
+    """Return so many tokens from an offset on, going round: no two requests share more than they must."""
+    return [token_ids[(offset + place) % len(token_ids)] for place in range(length)]
