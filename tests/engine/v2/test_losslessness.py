@@ -12,7 +12,7 @@ from tests.engine.v2.conftest import NUM_NODES, V2Pair
 pytestmark = pytest.mark.engine
 
 GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
-SAMPLED = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "max_tokens": 14, "ignore_eos": True}
 NARROWED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "max_tokens": 12, "ignore_eos": True}
 
 
