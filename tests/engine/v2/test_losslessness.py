@@ -12,7 +12,7 @@ from tests.engine.v2.conftest import NUM_NODES, V2Pair
 pytestmark = pytest.mark.engine
 
 GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
-SAMPLED = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "max_tokens": 14, "ignore_eos": True}
 NARROWED = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "max_tokens": 12, "ignore_eos": True}
 
 
@@ -26,12 +26,17 @@ def seeded(pair: V2Pair, sampling: dict[str, Any]) -> Workload:
 
 
 def resent(pair: V2Pair, engines: EnginePool) -> Workload:
-    """Return the greedy prompts and, when they are answered, two of them again with most of their answers."""
+    """Return the greedy prompts and, when they are answered, two of them again with more or less of their answers.
+
+    Where all but one token of a prompt is cached, vLLM schedules drafts with it that nobody has proposed.
+    """
     answers = engines.run(pair.plain(), greedy(pair)).token_ids()
     again = []
-    for prompt, samples in list(zip(pair.prompts, answers, strict=True))[1:3]:
+    for index, num_tokens, when in ((1, 20, WHEN_IDLE), (2, 20, WHEN_IDLE), (2, 1, 2 * WHEN_IDLE)):
+        samples = answers[index]
         assert samples is not None
-        again.append(Request([*prompt, *samples[0][:20]], {**GREEDY, "max_tokens": 8}, add_after=WHEN_IDLE))
+        prompt = [*pair.prompts[index], *samples[0][:num_tokens]]
+        again.append(Request(prompt, {**GREEDY, "max_tokens": 8}, add_after=when))
     return Workload([*greedy(pair).requests, *again])
 
 

@@ -15,7 +15,6 @@ from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
 from vllm_redrafter import kernels
@@ -49,9 +48,9 @@ class TreeSampler:
             invalid_drafts: rows of drafts that a grammar could not look at, and that are not to be accepted.
         """
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None
-        max_num_logprobs = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
+        logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         drafted = input_batch.input_ids[input_batch.logits_indices]
-        choices, processed = self._draw(logits, input_batch, drafted, max_num_logprobs != NO_LOGPROBS)
+        choices, processed = self._draw(logits, input_batch, drafted, logprobs_dims is not None)
         if invalid_drafts is not None:
             drafted = drafted.masked_fill(invalid_drafts, -1)
         rows = self._rows(input_batch)
@@ -67,9 +66,9 @@ class TreeSampler:
         )
         self.counts.add(walk.nodes, parents, input_batch.cu_num_logits)
         logprobs = None
-        if max_num_logprobs != NO_LOGPROBS:
+        if logprobs_dims is not None:
             shown = processed if self.sampler.logprobs_mode.startswith("processed") else logits
-            logprobs = self._logprobs(shown, walk, rows, input_batch, max_num_logprobs)
+            logprobs = self._logprobs(shown, walk, rows, input_batch, logprobs_dims)
         return SamplerOutput(
             sampled_token_ids=walk.token_ids,
             logprobs_tensors=logprobs,
@@ -122,9 +121,14 @@ class TreeSampler:
         walk: Walk,
         rows: torch.Tensor,  # [num_reqs, 1 + N]
         input_batch: Any,
-        num_logprobs: int,
+        dims: tuple[int, int],
     ) -> LogprobsTensors:
-        """Return log-probabilities in vLLM's layout: a request's i-th token in its i-th row, whatever its node is."""
+        """Return log-probabilities in vLLM's layout: a request's i-th token in its i-th row, whatever its node is.
+
+        Args:
+            dims: how many of the best tokens are shown, and of those that a request has named.
+        """
+        num_logprobs, num_named = dims
         is_emitted = walk.nodes >= 0
         source_rows = rows.gather(1, walk.nodes.clamp(min=0))
         # what was not emitted goes to one row more than there are
@@ -138,5 +142,8 @@ class TreeSampler:
             num_logprobs,
             tokens,
             input_batch.cu_num_logits_np.tolist(),
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=input_batch.expanded_idx_mapping,
+            max_per_req_token_ids=num_named,
             logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )

@@ -21,6 +21,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("GPUs below sm_80", "the kernels are compiled for sm_80 and newer"),
     ("FULL CUDA graphs of mixed batches", "a graph holds either trees or prefill, so choose FULL_AND_PIECEWISE"),
     ("prefill context parallelism", "the rows of a tree are spread over ranks"),
+    ("dual batch overlap", "vLLM falls back to model runner V1 for it, which our method is unknown to"),
     ("batch-sharded sampling", "every rank must know all accepted paths"),
     ("sampling masks", "they are recorded for chains of tokens only"),
 )
@@ -46,6 +47,7 @@ def found_unsupported(engine_args: Any, target: Any, parallel: Any) -> dict[str,
         "GPUs below sm_80": current_platform.is_cuda() and not current_platform.has_device_capability(80),
         "FULL CUDA graphs of mixed batches": graphs == CUDAGraphMode.FULL and not target.enforce_eager,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "dual batch overlap": parallel.use_ubatching,
         "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
         "sampling masks": bool(getattr(target, "return_sampling_mask", False)),
     }

@@ -54,7 +54,7 @@ class WalkCounts:
         while by_depth and not by_depth[-1]:
             by_depth.pop()
         accepted = sum(by_depth)
-        # steps of decoding without drafts are rare here, and not counted: they would lower the mean
+        # left out are the steps of decoding for whose drafts the scheduler had no room
         return {
             "num_steps": counts["num_drafts"],
             "num_emitted_tokens": counts["num_drafts"] + accepted,
