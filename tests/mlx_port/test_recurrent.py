@@ -91,7 +91,8 @@ def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(
 ) -> None:
     if target.model.model_type == "falcon_h1" and mx.__version__.startswith("0.29."):
         # another place at every run: stock decoding on the same caches ends in NaN there, with 0.32 it never has
-        request.applymarker(pytest.mark.xfail(reason="MLX 0.29 may compute NaN behind a broken-off step of falcon_h1"))
+        reason = "MLX 0.29 may compute NaN behind a broken-off step of falcon_h1"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     assert_every_nth_line_may_be_interrupted(target, 101, plan=make_plan(1, 3, 3))
 
 
