@@ -16,18 +16,21 @@ from vllm_redrafter.core.drafter import ReDrafter
 class Int8Linear(nn.Module):
     """A linear layer whose row i is `scales[i]` times integers of -127..127."""
 
+    weight: torch.Tensor  # [outputs, inputs] int8
+    scales: torch.Tensor  # [outputs]
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
         scales = weight.float().abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("weight", (weight / scales[:, None]).round().to(torch.int8))  # [outputs, inputs]
-        self.register_buffer("scales", scales.to(weight.dtype))  # [outputs]
+        self.register_buffer("weight", (weight / scales[:, None]).round().to(torch.int8))
+        self.register_buffer("scales", scales.to(weight.dtype))
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., inputs] -> [..., outputs]
         """Return the products, of the input's type."""
         rows = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scales)
-        products: torch.Tensor = rows.unflatten(0, x.shape[:-1])
+        products: torch.Tensor = rows.reshape(*x.shape[:-1], len(self.weight))
         return products if self.bias is None else products + self.bias
 
 
