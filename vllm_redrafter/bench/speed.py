@@ -149,6 +149,23 @@ def speculative_config(name: str, drafter: str) -> SpeculativeConfig:
     return config | {"budget": "auto" if name.startswith("auto") else "fixed"}
 
 
+def check_has_plain(configs: Mapping[str, SpeculativeConfig]) -> None:
+    """Refuse configurations without the one that they are compared with.
+
+    Raises:
+        ValueError: it is not among them.
+    """
+    if PLAIN not in configs:
+        raise ValueError(
+            f"the configurations {', '.join(configs)} lack {PLAIN!r}, which they are compared with: add it"
+        )
+
+
+def timers(stats: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of every timer among the drafter's counters, by what it times."""
+    return {name.removesuffix("_seconds"): value for name, value in stats.items() if name.endswith("_seconds")}
+
+
 def measure(
     configs: Mapping[str, SpeculativeConfig],
     prompts: Sequence[str],
@@ -169,10 +186,7 @@ def measure(
     Raises:
         ValueError: there is nothing to compare with.
     """
-    if PLAIN not in configs:
-        raise ValueError(
-            f"the configurations {', '.join(configs)} lack {PLAIN!r}, which they are compared with: add it"
-        )
+    check_has_plain(configs)
     if not prompts:
         raise ValueError("there are no prompts: pass at least one")
     groups = [list(configs)] if together else [[name] for name in configs]
@@ -250,13 +264,9 @@ def _step_ms(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
     steps = stats.get("num_engine_steps")
     if not steps:
         return {}
-    timers = {
-        name.removesuffix("_seconds"): 1000 * value / steps
-        for name, value in stats.items()
-        if name.endswith("_seconds")
-    }
+    parts = {name: 1000 * value / steps for name, value in timers(stats).items()}
     total = 1000 * seconds / steps
-    return {"total": total, **timers, "rest": total - sum(timers.values())}
+    return {"total": total, **parts, "rest": total - sum(parts.values())}
 
 
 def _warm_up(engine: Engine, prompts: Sequence[str], plan: Plan, batch_size: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from vllm_redrafter.bench.speed import PLAIN, SpeculativeConfig
+from vllm_redrafter.bench.speed import PLAIN, SpeculativeConfig, check_has_plain, timers
 
 
 class Run(NamedTuple):
@@ -83,10 +83,7 @@ def measure(
     Raises:
         ValueError: there is nothing to compare with, or no text.
     """
-    if PLAIN not in configs:
-        raise ValueError(
-            f"the configurations {', '.join(configs)} lack {PLAIN!r}, which they are compared with: add it"
-        )
+    check_has_plain(configs)
     if not token_ids:
         raise ValueError("there is no text to cut prompts from: pass some")
     for batch_size in plan.batch_sizes:
@@ -112,15 +109,11 @@ def _cost(name: str, prompts: Sequence[Sequence[int]], plan: Plan, engine: Engin
         # requests decode side by side: the slowest has as many steps as the engine
         steps = max(run.num_steps)
         step_ms.append(1000 * (run.seconds - prefill.seconds) / steps)
-        parts.append({part: 1000 * value / steps for part, value in _timers(run.stats).items()})
+        parts.append({part: 1000 * value / steps for part, value in timers(run.stats).items()})
         num_tokens += run.num_tokens - len(prompts)
         num_steps += sum(run.num_steps)
     parts_ms = {part: median(each[part] for each in parts) for part in parts[0]}
     return StepCost(name, len(prompts), len(prompts[0]), median(step_ms), 1.0, num_tokens / num_steps, parts_ms)
-
-
-def _timers(stats: Mapping[str, float]) -> dict[str, float]:
-    return {name.removesuffix("_seconds"): value for name, value in stats.items() if name.endswith("_seconds")}
 
 
 def _cut(token_ids: Sequence[int], length: int, offset: int) -> list[int]:
