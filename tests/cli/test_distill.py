@@ -20,6 +20,7 @@ from vllm_redrafter.cli.main import main
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "examples" / "models" / "target"
 DRAFTER = ROOT / "examples" / "models" / "drafter"
+TEXT = ROOT / "examples" / "models" / "prompts.txt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 Distill = Callable[..., int]
@@ -92,6 +93,30 @@ def test_raw_prompts_are_read_as_text(make_distill: Callable[..., Distill], tmp_
 
     (row, *_) = rows_of(tmp_path / "out.jsonl")
     assert row["token_ids"][:-1] == AutoTokenizer.from_pretrained(TARGET).encode("def f(x):")
+
+
+def test_texts_are_gone_on_with_from_their_openings(
+    make_distill: Callable[..., Distill], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill = make_distill([])
+    (tmp_path / "p.txt").write_text("One day a dog ran.\n<|endoftext|>\nOne day a cat sat down.\n<|endoftext|>\nNo.\n")
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    dog, cat = (tokenizer.encode(text) for text in ("One day a dog ran.", "One day a cat sat down."))
+    shared = next(i for i in range(len(dog)) if dog[i] != cat[i])
+
+    status = distill("--max-tokens", "1", "--prompts", str(tmp_path / "p.txt"), "--openings", f"{shared},{shared + 1}")
+
+    assert status == 0
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [row["token_ids"][:-1] for row in rows] == [dog[:shared], dog[: shared + 1], cat[: shared + 1]]
+    assert {row["source"] for row in rows} == {"p"}
+    assert last_line(capsys)["num_records"] == 3
+    # the same run again has nothing left to do; other openings are other prompts
+    again = ("--max-tokens", "1", "--prompts", str(tmp_path / "p.txt"), "--resume", "--openings")
+    assert distill(*again, f"{shared},{shared + 1}") == 0
+    assert last_line(capsys)["tokens_per_second"] is None
+    assert distill(*again, f"{shared + 1}") == 1
+    assert "answers other prompts" in capsys.readouterr().err
 
 
 def test_prompts_without_an_answer_stand_beside_with_the_reason(
@@ -169,6 +194,10 @@ def test_a_seed_is_a_prompt_s_own(make_distill: Callable[..., Distill], tmp_path
         (["--output", "missing/out.jsonl"], 1, "cannot write 'missing/out.jsonl': No such file or directory"),
         (["--prompts", "missing.txt"], 1, "no file 'missing.txt': pass a file of prompts"),
         (["--drafter", "/nowhere"], 1, "--drafter: no directory '/nowhere'"),
+        (["--openings", "8"], 2, "entry 1: no text to cut: leave out --openings for prompts"),
+        (["--openings", "8", "--prompts", "missing.txt"], 1, "no file 'missing.txt': pass a data file"),
+        (["--openings", "900,800", "--prompts", str(ROOT / "README.md")], 1, "README.md is neither .json, .jsonl nor"),
+        (["--openings", "90000,99999", "--prompts", str(TEXT)], 1, "has more than 90000 tokens: pass shorter"),
     ],
 )
 def test_what_cannot_work_is_refused_before_an_engine_starts(

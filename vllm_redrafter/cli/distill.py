@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,12 @@ def add_parser(commands: Any) -> None:
     present.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
     parser.add_argument("--raw", action="store_true", help="continue the text, also where there is a chat template")
     count = options.positive_int
+    parser.add_argument(
+        "--openings",
+        metavar="N,...",
+        type=options.list_of(count),
+        help="prompts are the first N tokens of each text in FILE, each different one once; implies --raw",
+    )
     parser.add_argument("--max-tokens", metavar="N", type=count, default=512, help="per answer (default: 512)")
     parser.add_argument("--max-model-len", metavar="N", type=count, help="of prompt and answer (default: the target's)")
     parser.add_argument(
@@ -58,11 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     spec = _spec(arguments)
     _check_output(arguments)
-    entries = read_entries(arguments.prompts)
+    # no template knows what the beginning of a text is
+    arguments.raw |= arguments.openings is not None
+    entries = _entries(arguments)
 
     from vllm_redrafter.training.distillation import distill
 
-    encode = _encoder(arguments.target, raw=arguments.raw)
+    encode = _encoder(_tokenizer(arguments.target), raw=arguments.raw)
     progress = Progress()
     with _open(arguments) as output:
         dialogues = _dialogues(entries, arguments.prompts, output)
@@ -127,15 +136,40 @@ def _check_output(arguments: argparse.Namespace) -> None:
         raise CommandError(f"{output} is there already: pass --resume to go on with it or --overwrite to replace it")
 
 
-def _encoder(target: str, *, raw: bool) -> Encode:
+def _entries(arguments: argparse.Namespace) -> list[tuple[Any, str]]:
+    if arguments.openings is None:
+        return read_entries(arguments.prompts)
+    from vllm_redrafter.training.openings import cut_openings
+    from vllm_redrafter.training.records import read_records
+
+    path: Path = arguments.prompts
+    texts = []
+    try:
+        for number, record in enumerate(read_records(path), 1):
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise CommandError(f"{path}, entry {number}: no text to cut: leave out --openings for prompts", USAGE)
+            texts.append(record["text"])
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    openings = cut_openings(texts, arguments.openings, _tokenizer(arguments.target))
+    entries = [(opening, f"{path}, opening {number}") for number, opening in enumerate(openings, 1)]
+    if not entries:
+        raise CommandError(f"no text in {path} has more than {min(arguments.openings)} tokens: pass shorter --openings")
+    return entries
+
+
+@cache
+def _tokenizer(target: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(target)
+        return AutoTokenizer.from_pretrained(target)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CommandError(f"no tokenizer for {target!r} ({reason}): pass a target that has one") from None
 
+
+def _encoder(tokenizer: Any, *, raw: bool) -> Encode:
     def encode(messages: Sequence[dict[str, Any]]) -> list[int]:
         if raw or not tokenizer.chat_template:
             return list(tokenizer.encode(join(messages)))
