@@ -7,6 +7,7 @@ paths read one by one. A model that gets the tree wrong takes its nodes as a bat
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,11 @@ class Target:
                     f"{self.name} has recurrent layers, where drafting seldom pays: "
                     "ask for it with recurrent=True (--recurrent), or run it with mlx_lm alone"
                 )
+            if "ssm_update" in vars(sys.modules[type(self.model).__module__]) and not _sums_over_one_token_work():
+                raise NotImplementedError(
+                    f"{self.name} is not supported here: MLX {mx.__version__} may leave its sums over one token "
+                    "unwritten on a CPU, with and without a drafter; update mlx to 0.32.2 or later"
+                )
             modes = [Mode.REPLAY]
         reasons: list[str] = []
         for mode in modes:
@@ -121,6 +127,20 @@ class Target:
                 return mode, head
             reasons.append(f"mode {mode.value!r} fails its test at load ({fault})")
         raise NotImplementedError(f"{self.name} is not supported: {'; '.join(reasons)}; run it with mlx_lm alone")
+
+
+def _sums_over_one_token_work() -> bool:
+    """Return whether `cumsum` writes its result where the axis has one element and strides beyond it.
+
+    mlx-lm's state space models take such sums for every token. Up to MLX 0.32.1, on CPUs, what comes back is what the
+    allocator last kept there, unless it reuses the memory of the input: github.com/ml-explore/mlx/pull/4139.
+    """
+    row = mx.arange(1.0, 5.0).reshape(1, 4)
+    mx.eval(row)
+    padded = row[:, 1:]  # [1, 3], with the stride of four
+    mx.eval(padded)
+    found = mx.cumsum(padded, axis=0)
+    return bool(mx.array_equal(found, padded))
 
 
 _CONTEXT = [1, 2, 3, 4, 5]

@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_port.decoding import generate_step
-from mlx_port.target import Target
+from mlx_port.target import Target, _sums_over_one_token_work
 from mlx_port.tree_forward import Mode
 from tests.mlx_port.test_text import assert_every_nth_line_may_be_interrupted
 from tests.mlx_port.tiny_models import HIDDEN, PROMPT, SIZES, VOCAB, alone, drafted, make_drafter, make_model, make_plan
@@ -54,7 +54,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def target(request: pytest.FixtureRequest) -> Target:
-    return Target(make_model(CONFIGS[request.param]), recurrent=True)
+    model = make_model(CONFIGS[request.param])
+    if request.param == "falcon_h1" and not _sums_over_one_token_work():
+        with pytest.raises(NotImplementedError, match="falcon_h1 is not supported here: MLX"):
+            Target(model, recurrent=True)
+        pytest.skip("this MLX computes its state space layers wrongly on a CPU: it is refused")
+    return Target(model, recurrent=True)
 
 
 def test_greedy_text_is_that_of_mlx_lm(target: Target) -> None:
@@ -86,13 +91,7 @@ def test_wherever_the_caller_stops_the_caches_have_read_what_was_yielded(target:
         assert alone(target, text[count : count + 1], 8, prompt_cache=caches) == text[count + 1 : count + 9]
 
 
-def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(
-    target: Target, request: pytest.FixtureRequest
-) -> None:
-    if target.model.model_type == "falcon_h1" and mx.__version__.startswith("0.29."):
-        # another place at every run: stock decoding on the same caches ends in NaN there, with 0.32 it never has
-        reason = "MLX 0.29 may compute NaN behind a broken-off step of falcon_h1"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_a_ctrl_c_anywhere_leaves_the_caches_with_what_was_yielded(target: Target) -> None:
     assert_every_nth_line_may_be_interrupted(target, 101, plan=make_plan(1, 3, 3))
 
 
@@ -101,3 +100,13 @@ def test_recurrent_targets_must_be_asked_for() -> None:
         NotImplementedError, match=r"mamba has recurrent layers, where drafting seldom pays: ask for it"
     ):
         Target(make_model(CONFIGS["mamba"]))
+
+
+def test_targets_whose_sums_mlx_gets_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_port.target._sums_over_one_token_work", lambda: False)
+
+    with pytest.raises(NotImplementedError, match=r"falcon_h1 .* update mlx to 0\.32\.2 or later"):
+        Target(make_model(CONFIGS["falcon_h1"]), recurrent=True)
+    # no such sums in these
+    assert Target(make_model(CONFIGS["mamba"]), recurrent=True).mode is Mode.REPLAY
+    assert Target(make_model(CONFIGS["lfm2"]), recurrent=True).mode is Mode.REPLAY
