@@ -71,8 +71,8 @@ def _measure(arguments: argparse.Namespace) -> int:
         print("there is no GPU here: the kernels are interpreted in small cases, and nothing is timed", file=sys.stderr)
         # before Triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
+    from vllm_redrafter import provenance
     from vllm_redrafter.bench import kernels
-    from vllm_redrafter.training import provenance
 
     plan = kernels.Plan(arguments.batch_sizes, arguments.contexts, arguments.num_nodes)
     measurements = list(kernels.check("cuda" if has_gpu else "cpu"))
@@ -94,8 +94,8 @@ def _measure(arguments: argparse.Namespace) -> int:
 def _compile(capabilities: Sequence[int]) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CommandError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
+    from vllm_redrafter import provenance
     from vllm_redrafter.bench import kernel_binaries
-    from vllm_redrafter.training import provenance
 
     compiled: list[Compiled] = []
     for capability in capabilities:

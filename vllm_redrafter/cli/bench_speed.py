@@ -71,8 +71,8 @@ def add_parser(benches: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from vllm_redrafter import provenance
     from vllm_redrafter.bench import memory, speed
-    from vllm_redrafter.training import provenance
 
     options.check_model("--target", arguments.target)
     options.check_model("--drafter", arguments.drafter)

@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from vllm_redrafter import provenance
     from vllm_redrafter.bench import speed, steps
-    from vllm_redrafter.training import provenance
 
     options.check_model("--target", arguments.target)
     options.check_model("--drafter", arguments.drafter)

@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     options.check_model("--target", arguments.target)
     libraries.require_training()
+    from vllm_redrafter import provenance
     from vllm_redrafter.bench import training
-    from vllm_redrafter.training import provenance
     from vllm_redrafter.training.recipe import Recipe
     from vllm_redrafter.training.run import load_target
 

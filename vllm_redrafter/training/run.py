@@ -26,8 +26,9 @@ from transformers import (
     TrainerCallback,
 )
 
+from vllm_redrafter import provenance
 from vllm_redrafter.core import checkpoint
-from vllm_redrafter.training import allocator, provenance
+from vllm_redrafter.training import allocator
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import choose_draft_vocabulary
 from vllm_redrafter.training.evaluation import hold_out
