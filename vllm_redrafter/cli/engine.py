@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from vllm_redrafter import bootstrap
 from vllm_redrafter.cli.engine_log import read_reason
 from vllm_redrafter.cli.errors import CommandError
 from vllm_redrafter.cli.generation import Answer, Generation, Prompt
@@ -203,6 +204,8 @@ class Engine:
         if self._log is None:
             return CommandError(f"the engine for {self._spec.target!r} ended {how}: see its log above")
         reason = read_reason(self._log)
+        if missing := [*bootstrap.missing_libraries(), *bootstrap.missing_build_tools()]:
+            how += f" on a machine that lacks what vLLM needs on CPUs (`apt install {' '.join(missing)}`)"
         if reason is None:
             return CommandError(f"the engine for {self._spec.target!r} ended {how}: see its log, {self._log}")
         return CommandError(f"{reason} (the engine ended {how}, its log is {self._log})")

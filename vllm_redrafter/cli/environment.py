@@ -29,7 +29,8 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Return all findings; a check that needs vLLM is left out where vLLM cannot be imported."""
-    findings = [*check_versions(), check_torchvision(), check_plugin(), check_compiler(), check_preload()]
+    findings = [*check_versions(), check_torchvision(), check_plugin()]
+    findings += [check_libraries(), check_compiler(), check_preload()]
     vllm_error = import_error("vllm")
     if vllm_error is not None:
         findings.append(Finding("vllm imports", PROBLEM, vllm_error, f"mend this first: {_INSTALL}"))
@@ -110,6 +111,14 @@ def check_plugin() -> Finding:
         remedy = f"add {_PLUGIN} to VLLM_PLUGINS, or unset it"
         return Finding("plugin", PROBLEM, f"VLLM_PLUGINS is {allowed!r}, which leaves it out", remedy)
     return Finding("plugin", OK, "registered with vLLM")
+
+
+def check_libraries() -> Finding:
+    """Return whether the libraries are there that vLLM's CPU kernels are linked with."""
+    missing = bootstrap.missing_libraries()
+    if missing:
+        return Finding("libraries", PROBLEM, f"{' and '.join(missing)} missing", f"apt install {' '.join(missing)}")
+    return Finding("libraries", OK, "what vLLM's CPU kernels are linked with")
 
 
 def check_compiler() -> Finding:
