@@ -86,6 +86,22 @@ def test_loss_and_gradients_of_packed_documents_are_those_of_the_definition(name
         torch.testing.assert_close(gradients[parameter_name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", TOKEN_LOSSES)
+def test_compiled_it_is_the_same(loss: str) -> None:
+    batch, target, drafter = batch_of(make_documents(9, 14, 4, 20)), make_target(), make_drafter()
+    objective = Objective(loss=loss, num_offsets=3, chunk_size=16)
+    eager, compiled = (Rollout(drafter, target, objective) for _ in range(2))
+    compiled.compile()
+
+    expected, found = step(eager, batch), step(compiled, batch)
+    gradients = [torch.autograd.grad(report.loss, list(drafter.parameters())) for report in (found, expected)]
+
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 64, 1000])
 def test_the_size_of_a_chunk_changes_nothing(chunk_size: int) -> None:
     batch, target = batch_of(make_documents(9, 14, 4, 20)), make_target()

@@ -67,6 +67,14 @@ class Recipe:
         epochs = max(_EPOCHS, _FEWEST_TOKENS / num_tokens) if self.epochs is None else self.epochs
         return replace(self, learning_rate=learning_rate, batch_size=batch_size, epochs=epochs)
 
+    def num_tokens(self, num_tokens: int) -> float:
+        """Return how many tokens a settled recipe makes a process read, of data that has so many."""
+        if self.max_steps is None:
+            assert self.epochs is not None
+            return self.epochs * num_tokens
+        assert self.batch_size is not None
+        return self.max_steps * self.gradient_accumulation * self.batch_size * self.max_length
+
 
 QUICK = Recipe(
     exit_dim=256,

@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from vllm_redrafter import provenance
+from vllm_redrafter import bootstrap, provenance
 from vllm_redrafter.core import checkpoint
 from vllm_redrafter.training import allocator
 from vllm_redrafter.training.documents import Document
@@ -40,6 +40,8 @@ from vllm_redrafter.training.target import FrozenTarget
 from vllm_redrafter.training.trainer import ReDrafterTrainer, latest_checkpoint
 from vllm_redrafter.training.transcripts import Transcript, transcribe
 
+_WORTH_COMPILING = 400_000
+"""Tokens of a run that is long enough to pay for half a minute of torch.compile."""
 _MOST_HELD_OUT = 64
 _OPENING_LENGTH = 32
 """Tokens of a text without a prompt that the target is given to go on from."""
@@ -145,8 +147,11 @@ def train(
         held_out = hold_out(target, transcribe(target, prompts, answer_length), drafter.config.fused_layers)
     stop = StopOnSignal()
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
+    rollout = Rollout(drafter, target, recipe.objective)
+    if recipe.num_tokens(num_tokens) >= _WORTH_COMPILING and not bootstrap.missing_build_tools():
+        rollout.compile()
     trainer = ReDrafterTrainer(
-        Rollout(drafter, target, recipe.objective),
+        rollout,
         arguments,
         pack(train_documents, recipe.max_length),
         held_out,
