@@ -2,9 +2,10 @@
 
     python examples/train_example_pair.py --output DIR
 
-The target, a Llama of 2.8M parameters, learns from `example_corpus` for `--minutes-target`; the drafter then learns for
-`--minutes-drafter` what the target itself would say. Seeds are fixed, but the length of a run is set in minutes, so
-weights differ a little from machine to machine. Both are stored in bfloat16, and measured as stored.
+The target, a Llama of 2.8M parameters, learns from `example_corpus` for `--minutes-target`, or lies in `--target`. From
+`--texts` that it writes, the drafter learns for `--steps` what it would say. Seeds are fixed, but the target's training
+is set in minutes, so its weights differ a little from machine to machine. Both are stored in bfloat16, and measured as
+stored.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import torch
 from example_corpus import Document, held_out_prompts, load_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.training.target import FrozenTarget
 
 SEED = 2
 END_OF_TEXT = "<|endoftext|>"
@@ -44,7 +46,6 @@ KIND_SHARES = {"topics": 0.12, "help": 0.27, "chat": 0.23, "code": 0.38}
 TOKENS_PER_STEP = 4096
 PEAK_LEARNING_RATE = 4e-3
 WARMUP = 0.03
-WRITING_SHARE = 0.25
 NODE_BUDGETS = (2, 4, 8, 16)
 
 
@@ -176,17 +177,21 @@ def save_target(model: LlamaForCausalLM, directory: Path) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(directory)
 
 
-def train_drafter(target: LlamaForCausalLM, streams: dict[str, torch.Tensor], minutes: float) -> ReDrafter:
-    """A drafter trained within `minutes` on text that the target writes, continuing pieces of the streams."""
+def make_drafter(
+    target: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    streams: dict[str, torch.Tensor],
+    num_texts: int,
+    steps: int,
+    run: Path,
+) -> ReDrafter:
+    """A drafter trained on text that the target writes, continuing pieces of the streams."""
     generator = torch.Generator().manual_seed(SEED)
-    transcript = example_drafter.collect(
-        target,
-        lambda num_prompts, length: sample_windows(streams, num_prompts, length, generator),
-        progress_until(minutes * WRITING_SHARE),
+    frozen = FrozenTarget(target)
+    documents = example_drafter.write_texts(
+        frozen, lambda num_prompts, length: sample_windows(streams, num_prompts, length, generator), num_texts
     )
-    drafter = example_drafter.build(target, transcript.token_ids)
-    example_drafter.train(drafter, target, transcript, progress_until(minutes * (1 - WRITING_SHARE)), cosine_schedule)
-    return drafter
+    return example_drafter.make_drafter(frozen, tokenizer, documents, steps, run)
 
 
 def acceptance_figures(
@@ -212,21 +217,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for target/, drafter/ and prompts.txt")
     parser.add_argument("--minutes-target", type=float, default=20.0)
-    parser.add_argument("--minutes-drafter", type=float, default=12.0, help="a quarter of it writes the drafter's text")
+    parser.add_argument("--target", type=Path, help="a target made before, which is taken as it is")
+    parser.add_argument("--texts", type=int, default=16_000, help="that the target writes for the drafter")
+    parser.add_argument("--steps", type=int, default=9_000, help="of the drafter, 1024 tokens each")
     parser.add_argument("--quick", action="store_true", help="half a minute of training in all: to see that it works")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.minutes_target = arguments.minutes_drafter = 0.25
+        arguments.minutes_target, arguments.texts, arguments.steps = 0.25, 128, 20
     target_directory, drafter_directory = arguments.output / "target", arguments.output / "drafter"
 
     training, held_out = load_documents()
     prompts = held_out_prompts(held_out, 24)
-    tokenizer = train_tokenizer(training)
-    tokenizer.save_pretrained(target_directory)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    streams = encode(tokenizer, training)
-    target = train_target(streams, arguments.minutes_target, target_directory)
-    drafter = train_drafter(target, streams, arguments.minutes_drafter)
+    if arguments.target is None:
+        tokenizer = train_tokenizer(training)
+        tokenizer.save_pretrained(target_directory)
+        streams = encode(tokenizer, training)
+        target = train_target(streams, arguments.minutes_target, target_directory)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+        streams = encode(tokenizer, training)
+        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
+    run = arguments.output / "run"
+    drafter = make_drafter(target, tokenizer, streams, arguments.texts, arguments.steps, run)
     save_drafter(drafter, drafter_directory, torch.bfloat16)
 
     measured_prompts = prompts[::8] if arguments.quick else prompts
