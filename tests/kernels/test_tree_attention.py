@@ -19,6 +19,8 @@ tree_attention = pytest.importorskip(
 FP32 = {"rtol": 1e-5, "atol": 3e-6}
 # what goes into the second product is rounded to 11 bits
 FP16 = {"rtol": 4e-3, "atol": 4e-3}
+# to 8 bits
+BF16 = {"rtol": 3e-2, "atol": 3e-2}
 
 
 def options_for(batch: Batch, **options: Any) -> AttentionOptions:
@@ -145,6 +147,7 @@ def test_a_soft_cap() -> None:
 @pytest.mark.parametrize("head_size", [64, 80])
 def test_half_precision(head_size: int) -> None:
     assert_same(random_batch([70, 5], [5, 9], head_size=head_size, dtype=torch.float16), FP16)
+    assert_same(random_batch([70, 5], [5, 9], head_size=head_size, dtype=torch.bfloat16), BF16)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

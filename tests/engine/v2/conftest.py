@@ -53,6 +53,11 @@ def v2_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str
     """What makes a process run model runner V2 on a CPU."""
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(SITE)
+    # the processes of several ranks know of a plugin only
+    plugin = site / "stand_ins-1.0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: stand_ins\nVersion: 1.0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nstand_ins = tests.engine.v2.stand_ins:register\n")
     return {
         "ENGINE_SETUP": "tests.engine.v2.stand_ins",
         "PYTHONPATH": f"{site}:{ROOT}",

@@ -19,9 +19,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
+from tests.kernels.interpreter import multiply_bf16
+
 
 def register() -> None:
     """Put the stand-ins in their places; the backend goes in that of vLLM's own, the only one it chooses on a CPU."""
+    multiply_bf16()
     topk_topp_sampler.HAS_TRITON = False
     StructuredOutputsWorker.apply_grammar_bitmask = apply_grammar_bitmask
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{PagedAttentionBackend.__name__}")

@@ -3,7 +3,8 @@
 Where a step of vLLM's model runner V2 calls in, in its order:
 
     prepare_attn       which trees this step verifies
-    prepare_inputs     node i of a tree stands at position context + depth, while its slot stays context + i
+    prepare_inputs     node i of a tree stands at position context + depth, while its slot stays context + i; its row of
+                       logits is its request's for LoRA too
     custom_sampler     (at start) the sampler that walks the trees
     postprocess_state  keys and values of the accepted paths move to their slots, before anything else is drafted
 """
@@ -19,7 +20,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_redrafter import kernels
-from vllm_redrafter.adapter.v2 import attention
+from vllm_redrafter.adapter.v2 import attention, lora
 from vllm_redrafter.adapter.v2.linear_requests import has_unknown_processors, is_linear
 from vllm_redrafter.adapter.v2.sampler import TreeSampler
 from vllm_redrafter.kernels.batch import TreeBatch
@@ -47,6 +48,7 @@ class TreeModelState(DefaultModelState):
         self.ancestors = torch.zeros_like(self.trees.ancestors)  # of the batch, in its order
         self.layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention)
         self.caches: list[list[LayerCaches]] = []
+        self.adapters = lora.find_wrapper(model)
         attention.attach(self.layers, self.step)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -111,6 +113,8 @@ class TreeModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Return the positions of the batch: vLLM's own, but by depth where there is a tree."""
         inputs = super().prepare_inputs(input_batch, req_states)
+        if self.adapters is not None:
+            lora.spread(self.adapters, input_batch)
         positions = self.positions[: input_batch.num_tokens_after_padding]
         positions.copy_(input_batch.positions)
         rows, node = input_batch.logits_indices, input_batch.expanded_local_pos
