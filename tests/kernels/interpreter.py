@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def multiply_bf16() -> None:
-    """Let `tl.dot` multiply bfloat16: NumPy has no such type, and the interpreter multiplies the integers of its bits."""
+    """Let `tl.dot` multiply bfloat16: NumPy has no such type, and the interpreter multiplies the integers behind it."""
     stock = InterpreterBuilder.create_dot
     if stock.__name__ != "create_dot":
         return
