@@ -17,7 +17,7 @@ from vllm_redrafter.training import run
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
 from vllm_redrafter.training.recipe import Recipe, build_drafter, choose
-from vllm_redrafter.training.rollout import Objective
+from vllm_redrafter.training.rollout import Objective, Rollout
 
 FAST: dict[str, Any] = {"max_length": 32, "max_steps": 4, "batch_size": 2, "num_evaluations": 2, "bf16": False}
 
@@ -53,6 +53,29 @@ def test_what_is_left_serves_and_says_how_it_was_made(tmp_path: Path, tokenizer:
     assert (trained.num_steps, trained.stopped_early) == (4, False)
     assert trained.acceptance_length is not None
     assert trained.acceptance_length >= 1
+
+
+@pytest.mark.parametrize(
+    ("most_steps", "missing", "compiles"), [(4, [], False), (900, [], True), (900, ["g++"], False)]
+)
+def test_a_run_compiles_where_it_is_long_and_there_is_a_compiler(
+    most_steps: int,
+    missing: list[str],
+    compiles: bool,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[Rollout] = []
+    monkeypatch.setattr(Rollout, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(run.bootstrap, "missing_build_tools", lambda: missing)
+    # 64 tokens a step
+    monkeypatch.setattr(run, "_WORTH_COMPILING", 900 * 64)
+    monkeypatch.setattr(run.ReDrafterTrainer, "train", lambda self, resume_from_checkpoint: None)
+
+    train(make_documents(*[20, 14, 30, 9] * 6), tmp_path, tokenizer, Recipe(**FAST | {"max_steps": most_steps}))
+
+    assert len(compiled) == compiles
 
 
 def test_a_training_that_ended_goes_on_from_its_last_checkpoint(
@@ -144,6 +167,8 @@ def test_what_is_left_open_is_chosen_for_the_target_and_the_data() -> None:
     small = Recipe(max_length=512).settled(hidden_size=400, num_tokens=1_000_000)
     large = Recipe(max_length=2048).settled(hidden_size=4096, num_tokens=100_000_000)
     given = Recipe(learning_rate=0.1, batch_size=3, epochs=0.5).settled(hidden_size=400, num_tokens=1_000_000)
+    assert given.num_tokens(1_000_000) == 500_000
+    assert Recipe(**FAST, gradient_accumulation=3).num_tokens(1) == 4 * 3 * 2 * 32
 
     assert (small.learning_rate, small.batch_size, small.epochs) == (pytest.approx(0.003), 2, 8)
     assert (large.learning_rate, large.batch_size, large.epochs) == (pytest.approx(0.06 / 64), 1, 3)
