@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,13 @@ def quantize_to_int8(source: Path, directory: Path) -> str:
     return str(directory)
 
 
-def save_random_lora(directory: Path, model: PreTrainedModel, rank: int = 8, seed: int = 5) -> str:
-    """Write a LoRA adapter that changes what a Llama says; return where."""
+def save_random_lora(
+    directory: Path, model: PreTrainedModel, rank: int = 8, seed: int = 5, more: Sequence[str] = ()
+) -> str:
+    """Write a LoRA adapter that changes what a Llama says, on `more` of its layers than usual; return where."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    projections = ("q_proj", "v_proj", "o_proj", "down_proj")
+    projections = ("q_proj", "v_proj", "o_proj", "down_proj", *more)
     tensors = {}
     for name, module in model.named_modules():
         if name.endswith(projections):

@@ -47,7 +47,8 @@ def test_two_ranks_draft_the_same_and_change_no_token(engines: EnginePool, v2_pa
 def test_requests_with_and_without_a_lora_adapter_share_a_batch(
     engines: EnginePool, v2_pair: V2Pair, tmp_path: Path
 ) -> None:
-    lora = save_random_lora(tmp_path / "lora", tiny_models.make_llama(head_dim=64))
+    # the head's share is added row by row of logits
+    lora = save_random_lora(tmp_path / "lora", tiny_models.make_llama(head_dim=64), more=["lm_head"])
     options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
     workload = Workload(
         [
