@@ -32,10 +32,16 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", "-m", type=int, default=100, help="most tokens to generate (100)")
     parser.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
     parser.add_argument(
+        "--use-default-chat-template",
+        action="store_true",
+        help="where the tokenizer brings no template, the one that transformers has for it",
+    )
+    parser.add_argument(
         "--chat-template-config",
         type=_json_object,
         help="JSON object of further arguments of the chat template",
     )
+    parser.add_argument("--image", nargs="+", default=(), help="mlx-lm's; refused, as drafts are for text")
     parser.add_argument("--extra-eos-token", nargs="+", default=(), help="more tokens that end the text")
     parser.add_argument("--prompt-cache-file", help="caches saved by `mlx_lm.cache_prompt`, read before the prompt")
     parser.add_argument(
@@ -57,6 +63,8 @@ def _json_object(text: str) -> dict[str, Any]:
 def _run(args: argparse.Namespace) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
+    if args.image:
+        raise ValueError(f"--image is {args.image}, but a drafter does not read images: ask mlx_lm alone")
     prompt_cache, metadata = _load_prompt_cache(args)
     tokenizer_config = json.loads(metadata["tokenizer_config"]) if "tokenizer_config" in metadata else {}
     target, tokenizer, drafter = options.load_pair(args, args.model or metadata.get("model"), tokenizer_config)
@@ -115,13 +123,28 @@ def _load_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict
 
 def _prompt(args: argparse.Namespace, tokenizer: Any, *, follows_a_cache: bool) -> list[int]:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if args.ignore_chat_template or not options.has_chat_template(tokenizer):
+    has_template = options.has_chat_template(tokenizer)
+    if args.use_default_chat_template and not has_template:
+        _take_default_template(tokenizer)
+        has_template = True
+    if args.ignore_chat_template or not has_template:
         return tokenizer.encode(prompt)
     text = _templated(args, tokenizer, prompt)
     if follows_a_cache:
         # the template's beginning is in the cache already
         text = text[_templated(args, tokenizer, "<query>").index("<query>") :]
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _take_default_template(tokenizer: Any) -> None:
+    # transformers had them up to 4.43
+    template = getattr(tokenizer, "default_chat_template", None)
+    if template is None:
+        raise ValueError(
+            "--use-default-chat-template: neither this tokenizer nor transformers has a chat template for it; "
+            "leave the flag out, and the prompt is taken as it is"
+        )
+    tokenizer.chat_template = template
 
 
 def _templated(args: argparse.Namespace, tokenizer: Any, prompt: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_port.calibration import Calibration, Pace, calibrate
@@ -55,6 +56,9 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recurrent", action="store_true", help="take a target with recurrent layers too")
     parser.add_argument("--adapter-path", help="LoRA adapter of the target")
+    parser.add_argument(
+        "--quantize-activations", "-qa", action="store_true", help="as the weights of the target's layers are"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
 
 
@@ -81,6 +85,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
 
 def load_pair(args: argparse.Namespace, model: str | None, tokenizer_config: dict[str, Any]) -> Pair:
     """Return the models that the flags of `add_pair` name; `model` may come from elsewhere."""
+    if args.quantize_activations and not hasattr(nn, "QQLinear"):
+        raise ValueError(
+            f"MLX {mx.__version__} cannot quantise activations: leave out --quantize-activations or update"
+        )
     return load(
         model or DEFAULT_MODEL,
         args.drafter,
@@ -88,6 +96,7 @@ def load_pair(args: argparse.Namespace, model: str | None, tokenizer_config: dic
         drafter_group_size=args.drafter_group_size,
         recurrent=args.recurrent,
         adapter_path=args.adapter_path,
+        model_config={"quantize_activations": True} if args.quantize_activations else {},
         tokenizer_config={**tokenizer_config, "trust_remote_code": args.trust_remote_code},
     )
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -19,17 +20,18 @@ from tests.mlx_port.twins import EXAMPLE, save_random
 
 ROOT = EXAMPLE.parents[1]
 PAIR = ["--model", str(EXAMPLE / "target"), "--drafter", str(EXAMPLE / "drafter")]
-
-
 # without a budget forwards are timed first
 BUDGET = ("--tree-budget", "8")
-# obsolete or without effect in mlx-lm, and images
-NOT_TAKEN = {"--use-default-chat-template", "--image", "--quantize-activations", "-qa"}
 
 
 def _generate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     status = generate.main([*PAIR, *BUDGET, "--max-tokens", "12", "--ignore-chat-template", *arguments])
     assert status == 0
+    return capsys.readouterr().out
+
+
+def _answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert generate.main([*arguments]) == 0
     return capsys.readouterr().out
 
 
@@ -41,11 +43,59 @@ def test_generate_takes_mlx_lms_flags_with_its_defaults() -> None:
     stock = _flags(importlib.import_module("mlx_lm.generate").setup_arg_parser())
     ours = _flags(generate._make_parser())
 
-    assert stock.keys() - ours.keys() <= NOT_TAKEN
+    assert stock.keys() <= ours.keys()
     # a drafter has a length of its own, and mlx-lm's versions do not agree about the last one
     for flag in stock.keys() & ours.keys() - {"--draft-model", "--num-draft-tokens", "--xtc-threshold"}:
         assert (flag, ours[flag].default, ours[flag].nargs) == (flag, stock[flag].default, stock[flag].nargs)
     assert {"--drafter", "--beam-width", "--draft-length", "--tree-budget", "--drafter-bits"} <= ours.keys()
+
+
+def test_a_default_chat_template_is_taken_where_transformers_has_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*PAIR, *BUDGET, "--max-tokens", "4", "--prompt", "What is zip?", "--verbose", "F"]
+    expected = _answer(capsys, *asked)
+    load = options.load
+
+    def load_without_template(*arguments: Any, **keywords: Any) -> Any:
+        pair = load(*arguments, **keywords)
+        template, pair.tokenizer.chat_template = pair.tokenizer.chat_template, None
+        pair.tokenizer.has_chat_template = False
+        pair.tokenizer._tokenizer.default_chat_template = template if has_default else None
+        return pair
+
+    monkeypatch.setattr(options, "load", load_without_template)
+    has_default = False
+    assert _answer(capsys, *asked) != expected
+    assert generate.main([*asked, "--use-default-chat-template"]) == 1
+    assert "neither this tokenizer nor transformers has a chat template for it" in capsys.readouterr().err
+    has_default = True
+    assert _answer(capsys, *asked, "--use-default-chat-template") == expected
+
+
+def test_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main([*PAIR, "--image", "cat.png"]) == 1
+    assert "a drafter does not read images: ask mlx_lm alone" in capsys.readouterr().err
+
+
+def test_quantised_activations_are_mlx_lms_to_load(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(*arguments: Any, model_config: dict[str, Any], **keywords: Any) -> Any:
+        asked.append(model_config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(options, "load", load)
+    monkeypatch.setattr(options.nn, "QQLinear", object(), raising=False)
+
+    assert generate.main([*PAIR]) == generate.main([*PAIR, "-qa"]) == 1
+    assert asked == [{}, {"quantize_activations": True}]
+    monkeypatch.delattr(options.nn, "QQLinear")
+    capsys.readouterr()
+    assert generate.main([*PAIR, "--quantize-activations"]) == 1
+    assert "cannot quantise activations: leave out --quantize-activations" in capsys.readouterr().err
 
 
 def test_generate_prints_the_text_and_its_speed(capsys: pytest.CaptureFixture[str]) -> None:
