@@ -67,7 +67,7 @@ def test_a_run_compiles_where_it_is_long_and_there_is_a_compiler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiled: list[Rollout] = []
-    monkeypatch.setattr(Rollout, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(Rollout, "compile_losses", lambda self: compiled.append(self))
     monkeypatch.setattr(run.bootstrap, "missing_build_tools", lambda: missing)
     # 64 tokens a step
     monkeypatch.setattr(run, "_WORTH_COMPILING", 900 * 64)

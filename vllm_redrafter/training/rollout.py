@@ -98,7 +98,7 @@ class Rollout(nn.Module):
         )
         self.register_buffer("draft_ids", draft_ids, persistent=False)
 
-    def compile(self) -> None:
+    def compile_losses(self) -> None:
         """Let torch.compile make one loop of what is done to logits: eager, that is a quarter of a step on a CPU."""
         self._compare = torch.compile(self._compare)
 

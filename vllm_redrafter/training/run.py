@@ -149,7 +149,7 @@ def train(
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
     rollout = Rollout(drafter, target, recipe.objective)
     if recipe.num_tokens(num_tokens) >= _WORTH_COMPILING and not bootstrap.missing_build_tools():
-        rollout.compile()
+        rollout.compile_losses()
     trainer = ReDrafterTrainer(
         rollout,
         arguments,

@@ -24,7 +24,7 @@ def state(monkeypatch: pytest.MonkeyPatch) -> TreeModelState:
     monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda *args, **kwargs: {"layer": "metadata"})
     made = object.__new__(TreeModelState)
     made.model_config = SimpleNamespace(max_model_len=99)
-    made.rope_state = made.prompt_embeds_state = None
+    made.rope_state = made.prompt_embeds_state = made.adapters = None
     made.supports_mm_inputs = False
     made.trees = TreeBuffers(MAX_REQUESTS, NUM_NODES, torch.device("cpu"))
     made.step = Step()
