@@ -135,6 +135,11 @@ def missing_libraries() -> list[str]:
     return []
 
 
+def missing_packages() -> list[str]:
+    """Returns all Debian packages that vLLM needs on a CPU and that are not there."""
+    return [*missing_libraries(), *missing_build_tools()]
+
+
 def select_requirements(project: dict[str, Any], table: str, names: Iterable[str]) -> list[str]:
     """Returns the requirements that ``pyproject.toml`` lists under ``names`` of a table; an unknown name is refused."""
     known: dict[str, list[str]] = project[table]
@@ -245,7 +250,7 @@ def set_up(path: Path, extras: list[str], groups: list[str]) -> None:
     media_dependents = [requirement for requirement in requirements if is_media_dependent(requirement)]
     group_requirements = [requirement for requirement in group_requirements if not is_media_dependent(requirement)]
     extra_requirements = [requirement for requirement in extra_requirements if not is_media_dependent(requirement)]
-    if "cpu" in extras and (missing := [*missing_libraries(), *missing_build_tools()]):
+    if "cpu" in extras and (missing := missing_packages()):
         raise SetupError(f"vLLM needs more than Python packages on a CPU: run `apt install {' '.join(missing)}` first")
     python = create_environment(path)
     if groups:

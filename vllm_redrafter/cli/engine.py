@@ -204,7 +204,7 @@ class Engine:
         if self._log is None:
             return CommandError(f"the engine for {self._spec.target!r} ended {how}: see its log above")
         reason = read_reason(self._log)
-        if missing := [*bootstrap.missing_libraries(), *bootstrap.missing_build_tools()]:
+        if missing := bootstrap.missing_packages():
             how += f" on a machine that lacks what vLLM needs on CPUs (`apt install {' '.join(missing)}`)"
         if reason is None:
             return CommandError(f"the engine for {self._spec.target!r} ended {how}: see its log, {self._log}")
