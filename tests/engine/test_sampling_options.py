@@ -115,6 +115,35 @@ def test_logprobs_and_prompt_logprobs_are_those_of_plain_vllm(
     assert drafted.stats["num_branch_acceptances"] > 0
 
 
+THINKING = {"reasoning_config": {"reasoning_start_str": "a", "reasoning_end_str": "xyz"}}
+# every request has one: where one without takes the place of one that has ended, plain vLLM keeps forcing its end
+THINKING_BUDGETS = (0, 1, 4, 9, 40, 6, 2, 13)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "sampled"])
+def test_a_thinking_budget_ends_the_thoughts_of_its_request_where_plain_vllm_ends_them(
+    engines: EnginePool, tiny_pair: TinyPair, sampling: dict[str, Any]
+) -> None:
+    # in every other prompt the thinking has begun
+    workload = Workload(
+        [
+            Request(
+                prompt + ids("a") * (index % 2),
+                {**sampling, "thinking_token_budget": THINKING_BUDGETS[index % len(THINKING_BUDGETS)]},
+            )
+            for index, prompt in enumerate(tiny_pair.prompts)
+        ]
+    )
+
+    drafted = engines.run(tiny_pair.drafted(**THINKING), workload)
+    plain = engines.run(tiny_pair.plain(**THINKING), workload)
+
+    assert_same_answers(drafted, plain)
+    cut = [texts is not None and "xyz" in texts[0] for texts in plain.texts()]
+    assert sum(cut) > 2, "thoughts were cut"
+    assert drafted.stats["num_branch_acceptances"] > 0
+
+
 def assert_same_logprobs(drafted: Result, plain: Result) -> None:
     for ours, theirs in zip(drafted.answers, plain.answers, strict=True):
         assert ours is not None

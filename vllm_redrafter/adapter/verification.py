@@ -74,6 +74,9 @@ class Verifier:
             discarded: requests in the middle of their prompt: vLLM drops what is drawn for them, so nothing may be
                 drawn from their generators.
         """
+        if metadata.thinking_budget_state_holder is not None:
+            # else it looks for the rows of vLLM's own speculation; every draw here is a step with one row per request
+            metadata.thinking_budget_state_holder.in_spec_mode = False
         if not batch.has_drafts:
             return self._sample_roots(logits, metadata, discarded)
         if is_plain_greedy(metadata):

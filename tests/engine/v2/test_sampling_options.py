@@ -69,6 +69,24 @@ def test_an_option_that_counts_the_tokens_before_gets_a_chain(engines: EnginePoo
     assert drafted.stats["num_branching_trees"] == 0
 
 
+def test_a_thinking_budget_ends_the_thoughts_of_a_chain(engines: EnginePool, v2_pair: V2Pair) -> None:
+    config = {"reasoning_config": {"reasoning_start_str": "a", "reasoning_end_str": "xyz"}}
+    workload = Workload(
+        [
+            Request(prompt + ids("a"), {**sampling, "thinking_token_budget": budget})
+            for prompt, sampling, budget in zip(v2_pair.prompts, (GREEDY, SEEDED) * 2, (0, 3, 6, 4), strict=True)
+        ]
+    )
+
+    drafted = engines.run(v2_pair.drafted(**config), workload)
+    plain = engines.run(v2_pair.plain(**config), workload)
+
+    assert_same_answers(drafted, plain)
+    assert [texts is not None and texts[0].find("xyz") for texts in plain.texts()] == [0, 3, 6, 4]
+    assert drafted.stats["num_accepted_tokens"] > 0
+    assert drafted.stats["num_branching_trees"] == 0
+
+
 @pytest.mark.parametrize("name", BRANCHING)
 def test_any_other_option_is_honoured_in_trees(engines: EnginePool, v2_pair: V2Pair, name: str) -> None:
     drafted = compared(engines, v2_pair, options_workload(v2_pair, BRANCHING[name]))
