@@ -97,6 +97,7 @@ def target_config(**changes: Any) -> SimpleNamespace:
         "is_encoder_decoder": False,
         "enforce_eager": False,
         "return_sampling_mask": False,
+        "enable_trace_replay": False,
     }
     return SimpleNamespace(**(found | changes))
 
@@ -410,6 +411,7 @@ V2_CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("dual batch overlap", {}, {"use_ubatching": True}, {}),
     ("batch-sharded sampling", {}, {"enable_batch_sharded_sampling": True}, {}),
     ("sampling masks", {"return_sampling_mask": True}, {}, {}),
+    ("trace replay", {"enable_trace_replay": True}, {}, {}),
     (
         "FULL CUDA graphs of mixed batches",
         {},

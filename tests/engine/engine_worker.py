@@ -112,11 +112,13 @@ class _Server:
     def _add(self, request_id: str, request: dict[str, Any]) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
 
         sampling = dict(request["sampling"])
         if "structured_outputs" in sampling:
             sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
+        if "repetition_detection" in sampling:
+            sampling["repetition_detection"] = RepetitionDetectionParams(**sampling["repetition_detection"])
         if "logit_bias" in sampling:
             sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
         parameters = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)

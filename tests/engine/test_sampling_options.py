@@ -41,6 +41,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min_p": {**SEEDED, "min_p": 0.1},
     "top_k": {**SEEDED, "top_k": 3},
     "top_p": {**SEEDED, "top_p": 0.6, "temperature": 1.3},
+    "repetition_detection": {
+        **GREEDY,
+        "frequency_penalty": -0.5,
+        "repetition_detection": {"max_pattern_size": 4, "min_pattern_size": 1, "min_count": 3},
+    },
     "three samples": {**SEEDED, "n": 3},
     "text left out": {**GREEDY, "detokenize": False},
 }
@@ -48,6 +53,8 @@ LOGPROBS = {
     "greedy": {**GREEDY, "logprobs": 5, "prompt_logprobs": 3},
     "sampled": {**SEEDED, "logprobs": 2},
     "chosen token only": {**SEEDED, "logprobs": 0, "repetition_penalty": 1.1},
+    "of tokens named": {**GREEDY, "logprob_token_ids": ids("ax7")},
+    "flat": {**SEEDED, "logprobs": 3, "flat_logprobs": True},
 }
 
 

@@ -24,6 +24,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("dual batch overlap", "vLLM falls back to model runner V1 for it, which our method is unknown to"),
     ("batch-sharded sampling", "every rank must know all accepted paths"),
     ("sampling masks", "they are recorded for chains of tokens only"),
+    ("trace replay", "vLLM puts the trace in the place of tokens drawn only where nothing is drafted"),
 )
 
 
@@ -50,4 +51,5 @@ def found_unsupported(engine_args: Any, target: Any, parallel: Any) -> dict[str,
         "dual batch overlap": parallel.use_ubatching,
         "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
         "sampling masks": bool(getattr(target, "return_sampling_mask", False)),
+        "trace replay": bool(getattr(target, "enable_trace_replay", False)),
     }
