@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from tests.adapter.trees import draft_tree, random_tree
 from vllm_redrafter.adapter import attention, tree_batch
@@ -399,6 +401,20 @@ def test_the_warm_up_pass_without_metadata_returns_its_output() -> None:
     returned = step.impl.forward(step.module, step.query, step.key, step.value, step.cache, None, output)
 
     assert returned is output
+
+
+def test_a_target_with_attention_of_another_kind_is_refused_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
+    runner = object.__new__(TreeModelRunner)
+    layers: dict[str, object] = {"layers.0": object.__new__(Attention)}
+    runner.vllm_config = SimpleNamespace(  # type: ignore[assignment]
+        compilation_config=SimpleNamespace(static_forward_context=layers)
+    )
+    runner.load_model()
+
+    layers["layers.1"] = object.__new__(ChunkedLocalAttention)
+    with pytest.raises(NotImplementedError, match=r"ChunkedLocalAttention layers, of which layers\.1 is one"):
+        runner.load_model()
 
 
 def test_rounds_that_do_not_write_their_paths_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

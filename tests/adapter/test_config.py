@@ -362,6 +362,7 @@ def test_a_drafter_with_another_tokenizer_is_refused(copy_of: Callable[..., str]
         ("M-RoPE and multimodal targets", {"uses_mrope": True}, {}, {}),
         ("M-RoPE and multimodal targets", {"is_multimodal_model": True}, {}, {}),
         ("encoder-decoder targets", {"is_encoder_decoder": True}, {}, {}),
+        ("chunked local attention", {"hf_text_config": SimpleNamespace(attention_chunk_size=8192)}, {}, {}),
         ("cross-layer KV sharing", {"hf_text_config": SimpleNamespace(num_kv_shared_layers=10)}, {}, {}),
         ("KV connectors", {}, {}, {"kv_transfer_config": object()}),
     ],

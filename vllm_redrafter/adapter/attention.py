@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm import _custom_ops
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -158,6 +159,23 @@ class TreeAttentionImpl(CPUAttentionBackendImpl):
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
+
+
+def check(layers: Mapping[str, Any]) -> None:
+    """Refuse attention that is more than causal attention over the request's own slots.
+
+    Args:
+        layers: vLLM's attention layers by name.
+
+    Raises:
+        NotImplementedError: a layer is of a subclass, and what that masks or adds is its own secret.
+    """
+    for name, layer in layers.items():
+        if type(layer) is not Attention:
+            raise NotImplementedError(
+                f"redrafter's tree attention does not compute {type(layer).__name__} layers, of which {name} is one: "
+                "run without speculation"
+            )
 
 
 def add_rounds(

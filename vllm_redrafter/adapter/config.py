@@ -37,6 +37,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("M-RoPE and multimodal targets", "the positions of tree nodes are one number per token"),
     ("encoder-decoder targets", "cross-attention rows are not part of the tree"),
     ("cross-layer KV sharing", "a layer without keys of its own cannot write the branches of a tree"),
+    ("chunked local attention", "vLLM cuts a request at its chunks, where a tree is cut at its branches"),
     ("KV connectors", "they save keys and values before the accepted path is known"),
     *support.UNSUPPORTED,
 )
@@ -273,6 +274,7 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
         "M-RoPE and multimodal targets": target.uses_mrope or target.is_multimodal_model,
         "encoder-decoder targets": target.is_encoder_decoder,
         "cross-layer KV sharing": bool(getattr(text_config, "num_kv_shared_layers", 0)),
+        "chunked local attention": bool(getattr(text_config, "attention_chunk_size", None)),
         "KV connectors": engine_args.kv_transfer_config is not None,
         **(support.found_unsupported(engine_args, target, parallel) if is_v2 else {}),
     }

@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.sampling_params import SamplingType
 from vllm.v1.sample.logits_processor import (
     LogitBiasLogitsProcessor,
@@ -62,6 +64,11 @@ class TreeModelRunner(CPUModelRunner):
         self._forward_seconds = 0.0
         self._draft_seconds: float | None = None
         self._decoding: set[str] = set()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load target and drafter as vLLM does."""
+        super().load_model(*args, **kwargs)
+        attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
         """Measure forward passes, so that budgets can be chosen; nothing to do where the budget is fixed."""
