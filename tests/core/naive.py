@@ -23,7 +23,9 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def drafter_log_probs(drafter: ReDrafter, embeddings: torch.Tensor, hidden: torch.Tensor, init_id: int) -> LogProbs:
+def drafter_log_probs(
+    drafter: ReDrafter, embeddings: torch.Tensor, hidden: torch.Tensor, init_id: int, sharpness: float = 1.0
+) -> LogProbs:
     """Return Apple's equations (REDRAFTER 1.4), read off the checkpoint's tensors and nothing else."""
     config = drafter.config
     weights = {name: tensor.double().numpy() for name, tensor in drafter.state_dict().items()}
@@ -55,7 +57,7 @@ def drafter_log_probs(drafter: ReDrafter, embeddings: torch.Tensor, hidden: torc
             x = weights["input_proj.weight"] @ x + weights["input_proj.bias"]
         for i in range(config.num_draft_layers):
             x = x + silu(weights[f"lm_head.{i}.linear.weight"] @ x + weights[f"lm_head.{i}.linear.bias"])
-        logits = head @ x
+        logits = sharpness * (head @ x)
         if config.top_k is not None:
             threshold = np.sort(logits)[::-1][min(config.top_k, len(logits)) - 1]
             logits = np.where(logits >= threshold, logits, -np.inf)

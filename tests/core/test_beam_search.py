@@ -152,6 +152,23 @@ def test_more_candidates_never_lower_the_probability_of_the_best_nodes(seed: int
     assert num_nodes < 16 or bool((masses[-1] > masses[0]).any())
 
 
+def test_sharpness_is_a_row_of_its_own_for_every_request_and_scales_the_head() -> None:
+    drafter, embedding, hidden, init_ids = make_setting(seed=5)
+    shape = BeamShape(4, 5)
+    plain = search(drafter, embedding, hidden, init_ids, shape)
+
+    mixed = search(drafter, embedding, hidden, init_ids, shape, sharpness=torch.tensor([1.0, 2.0, 1.0]))
+    with torch.no_grad():
+        drafter.lm_head[-1].weight *= 2
+    sharper = search(drafter, embedding, hidden, init_ids, shape)
+
+    assert not torch.equal(plain.token_ids[1], sharper.token_ids[1])
+    for row, expected in ((0, plain), (1, sharper), (2, plain)):
+        assert torch.equal(mixed.token_ids[row], expected.token_ids[row])
+        assert torch.equal(mixed.parents[row], expected.parents[row])
+        torch.testing.assert_close(mixed.log_probs[row], expected.log_probs[row])
+
+
 @pytest.mark.parametrize("floor", [-1.0, -3.0, -6.0, -1000.0])
 def test_a_floor_loses_no_candidate_above_it(floor: float) -> None:
     setting = make_setting(seed=8, batch_size=2)

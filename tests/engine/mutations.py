@@ -187,14 +187,14 @@ def expect_the_states_of_training() -> Iterator[None]:
         return propose
 
     def wrap_search(original: Callable[..., Any]) -> Callable[..., Any]:
-        def search(self: Any, hidden: torch.Tensor, init_ids: torch.Tensor, floor: float) -> Any:
+        def search(self: Any, hidden: torch.Tensor, init_ids: torch.Tensor, *how: Any) -> Any:
             layers = self.drafter.config.fused_layers
             for row, init_id, text in zip(hidden, init_ids.tolist(), texts, strict=True):
                 assert text[-1] == init_id
                 expected = targets[0].hidden(torch.tensor(text[:-1]), layers)[-1]
                 # sums in another order, of numbers up to a hundred
                 torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-3)
-            return original(self, hidden, init_ids, floor)
+            return original(self, hidden, init_ids, *how)
 
         return search
 

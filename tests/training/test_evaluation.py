@@ -30,12 +30,15 @@ def test_acceptance_is_told_for_all_texts_and_for_every_source() -> None:
         (source, num_nodes) for source in ("all", "chat", "code") for num_nodes in (2, 8)
     ]
     chat = held_out.writings[1]
-    steps = simulate(accepted_ranks(drafter, target.embed, chat, shape, 8), 3, 8)
+    steps = simulate(accepted_ranks(drafter, target.embed, chat, shape, 8, is_greedy=True), 3, 8)
     row = next(row for row in rows if (row.source, row.num_nodes) == ("chat", 8))
     assert row.mean_acceptance_length == steps.mean_acceptance_length
     assert row.mean_acceptance_length == pytest.approx(1 + sum(row.by_depth), abs=1e-6)
     assert row.by_depth == sorted(row.by_depth, reverse=True)
-    everything = [simulate(accepted_ranks(drafter, target.embed, each, shape, 8), 3, 8) for each in held_out.writings]
+    everything = [
+        simulate(accepted_ranks(drafter, target.embed, each, shape, 8, is_greedy=True), 3, 8)
+        for each in held_out.writings
+    ]
     assert rows[1].mean_acceptance_length == mean_acceptance_length(everything)
 
 

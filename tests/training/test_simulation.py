@@ -45,16 +45,16 @@ def test_simulated_steps_are_those_of_decoding(
     drafter = taught(target, **fields)
     generator = torch.Generator().manual_seed(4)
 
-    def sample(logits: torch.Tensor) -> torch.Tensor:
-        if temperature == 0:
-            return logits.argmax(dim=-1)
+    def sampled(logits: torch.Tensor) -> torch.Tensor:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
-    beams = BeamShape(*shape)
+    is_greedy, beams = temperature == 0, BeamShape(*shape)
+    sample = None if is_greedy else sampled
     generation = generate(target.model, drafter, PROMPT, NUM_TOKENS, shape=beams, num_nodes=num_nodes, sample=sample)
 
     writing = written(target, drafter, generation)
-    steps = simulate(accepted_ranks(drafter, target.embed, writing, beams, num_nodes), len(PROMPT), num_nodes)
+    ranks = accepted_ranks(drafter, target.embed, writing, beams, num_nodes, is_greedy=is_greedy)
+    steps = simulate(ranks, len(PROMPT), num_nodes)
 
     # the text ends within the last step, which may have accepted more than was kept
     assert steps.num_accepted[:-1] == generation.num_accepted[: len(steps.num_accepted) - 1]
@@ -78,10 +78,10 @@ def test_one_search_serves_all_budgets() -> None:
     document = make_documents(30)[0]
     writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test")
 
-    most = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), 32)
+    most = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), 32, is_greedy=True)
 
     for num_nodes in (1, 3, 8):
-        own = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), num_nodes)
+        own = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), num_nodes, is_greedy=True)
         assert simulate(most, 4, num_nodes) == simulate(own, 4, num_nodes)
 
 
@@ -90,11 +90,11 @@ def test_long_texts_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     drafter = taught(target)
     document = make_documents(40)[0]
     writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test")
-    whole = accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8)
+    whole = accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, is_greedy=False)
 
     monkeypatch.setattr("vllm_redrafter.training.simulation._POSITIONS_PER_SEARCH", 7)
 
-    assert torch.equal(accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8), whole)
+    assert torch.equal(accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, is_greedy=False), whole)
 
 
 def test_the_mean_weighs_steps_and_not_texts() -> None:

@@ -76,6 +76,7 @@ class ReDrafterProposer:
         hidden: torch.Tensor,  # [batch, input_size]
         init_ids: torch.Tensor,  # [batch]
         floor: float,
+        sharpness: torch.Tensor | None = None,  # [batch]
     ) -> Candidates:
         """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`."""
         return beam_search.search(
@@ -86,6 +87,7 @@ class ReDrafterProposer:
             self.options.shape,
             num_candidates=self.options.num_speculative_tokens if self.options.beam_width > 1 else 1,
             floor=floor,
+            sharpness=sharpness,
         )
 
     def trees(self, candidates: Candidates, budgets: Sequence[int], linear: Sequence[bool]) -> list[DraftTree]:
@@ -106,6 +108,6 @@ def search_seconds(proposer: ReDrafterProposer) -> float:
     for _ in range(7):
         others.sum()
         started = time.perf_counter()
-        proposer.search(hidden, torch.zeros(1, dtype=torch.int64), float("-inf"))
+        proposer.search(hidden, torch.zeros(1, dtype=torch.int64), float("-inf"), torch.ones(1))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,7 +37,7 @@ from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
-from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, Candidates
 
 Number = TypeVar("Number", int, float)
 
@@ -250,8 +251,9 @@ class TreeModelRunner(CPUModelRunner):
         init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
         rows = torch.tensor([self._last_rows[index] for index in active])
         handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
-        candidates = self.drafter.search(handed_over, init_ids, floor)
-        budgets = self._agreed_budgets(candidates, [is_greedy(each) for each in parameters])
+        greedy = [is_greedy(each) for each in parameters]
+        candidates = self.drafter.search(handed_over, init_ids, floor, sharpness(greedy))
+        budgets = self._agreed_budgets(candidates, greedy)
         linear = [each.structured_outputs is not None for each in parameters]
         trees = self.drafter.trees(candidates, budgets, linear)
         for index, request, tree in zip(active, request_ids, trees, strict=True):
@@ -281,6 +283,11 @@ class TreeModelRunner(CPUModelRunner):
 def is_greedy(parameters: Any) -> bool:
     """Return whether a request's tokens are the target's best ones."""
     return bool(parameters.sampling_type == SamplingType.GREEDY)
+
+
+def sharpness(greedy: Sequence[bool]) -> torch.Tensor:
+    """Return what the drafter's logits are multiplied by, [batch]."""
+    return torch.tensor([GREEDY_SHARPNESS if each else 1.0 for each in greedy])
 
 
 def num_emitted(tokens: list[int], num_output_tokens: int, parameters: Any) -> int:

@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vllm_redrafter.core import acceptance, beam_search, layers, token_tree
-from vllm_redrafter.core.beam_search import BeamShape
+from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, BeamShape
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 from vllm_redrafter.core.token_tree import TokenTree
 
@@ -153,6 +153,7 @@ def generate(
     num_nodes: int | None = None,
     eos_token_ids: Collection[int] = (),
     sample: Sample | None = None,
+    sharpness: float | None = None,
 ) -> Generation:
     """Return what `autoregressive` returns, in fewer steps.
 
@@ -161,6 +162,8 @@ def generate(
         num_nodes: tree nodes to verify per step, 1..63; the drafter's own by default.
         eos_token_ids: tokens that end the text.
         sample: draws the tokens, called once per token in the order of the text; the most probable one by default.
+        sharpness: what the drafter's logits are multiplied by; by default `GREEDY_SHARPNESS` where `sample` is left
+            out, else 1.
 
     Raises:
         ValueError: the prompt is empty, a number is out of range, or the drafter was made for another target.
@@ -168,6 +171,8 @@ def generate(
     """
     shape = shape or BeamShape(drafter.config.beam_width, drafter.config.draft_length)
     num_nodes = drafter.config.num_speculative_tokens if num_nodes is None else num_nodes
+    if sharpness is None:
+        sharpness = GREEDY_SHARPNESS if sample is None else 1.0
     sample = sample or _most_probable
     with torch.inference_mode():
         context = _open(target, input_ids, max_new_tokens, drafter.config.fused_layers)
@@ -177,7 +182,7 @@ def generate(
         token_ids: list[int] = root.tolist()
         paths: list[list[int]] = []
         while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_token_ids:
-            tree = _draft(drafter, context, hidden, root, shape, num_nodes)
+            tree = _draft(drafter, context, hidden, root, shape, num_nodes, sharpness)
             seen = context.verify(tree)
             accepted = _accept(tree, seen.logits, sample)
             nodes = accepted.nodes[0]
@@ -216,6 +221,7 @@ def _draft(
     root: torch.Tensor,  # [1]
     shape: BeamShape,
     num_nodes: int,
+    sharpness: float,
 ) -> TokenTree:
     """Return the best continuations of the root, as one tree without padding."""
     length = shape.length
@@ -227,7 +233,9 @@ def _draft(
     # a width of 1 asks for a chain; with more, the runners-up of every depth are candidates too
     num_candidates = num_nodes if shape.width > 1 else 1
     hidden = hidden.to(next(drafter.parameters()).dtype)
-    candidates = beam_search.search(drafter, context.embed, hidden, root, shape._replace(length=length), num_candidates)
+    shape = shape._replace(length=length)
+    scale = torch.full((1,), sharpness, device=hidden.device)
+    candidates = beam_search.search(drafter, context.embed, hidden, root, shape, num_candidates, sharpness=scale)
     tree = token_tree.best_nodes(root, candidates, num_nodes)
     size = 1 + int(tree.num_nodes)
     return tree._replace(**{name: column[:, :size] for name, column in tree._asdict().items() if column.ndim == 2})

@@ -187,9 +187,15 @@ class ReDrafter(nn.Module):
             raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
         return functional.linear(x, self._tied_head.to(x.dtype))
 
-    def log_probs(self, state: DraftState) -> torch.Tensor:
-        """Return log Q of the next token in fp32, [..., head_size]; -inf outside the `top_k` best, ties kept."""
+    def log_probs(self, state: DraftState, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Return log Q of the next token in fp32, [..., head_size]; -inf outside the `top_k` best, ties kept.
+
+        Args:
+            scale: what logits are multiplied by first; it must broadcast to them.
+        """
         logits = self.logits(state).float()
+        if scale is not None:
+            logits = logits * scale
         top_k = self.config.top_k
         if top_k is not None and top_k < logits.shape[-1]:
             threshold = logits.topk(top_k, dim=-1).values[..., -1:]

@@ -67,7 +67,10 @@ def acceptance(
     drafter: ReDrafter, held_out: HeldOut, shape: BeamShape, budgets: Sequence[int], temperature: float
 ) -> list[Acceptance]:
     """Return what trees of each budget of nodes yield, for all texts together and, of several sources, for each."""
-    ranks = [accepted_ranks(drafter, held_out.embed, each, shape, max(budgets)) for each in held_out.writings]
+    ranks = [
+        accepted_ranks(drafter, held_out.embed, each, shape, max(budgets), is_greedy=temperature == 0)
+        for each in held_out.writings
+    ]
     sources = sorted({each.source for each in held_out.writings})
     rows = []
     for source in [ALL, *(sources if len(sources) > 1 else [])]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from vllm_redrafter.core.beam_search import BeamShape, search
+from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, BeamShape, search
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 _POSITIONS_PER_SEARCH = 256
@@ -42,12 +42,21 @@ class Steps(NamedTuple):
 
 @torch.inference_mode()
 def accepted_ranks(
-    drafter: ReDrafter, embed: Embed, writing: Writing, shape: BeamShape, most_nodes: int
+    drafter: ReDrafter,
+    embed: Embed,
+    writing: Writing,
+    shape: BeamShape,
+    most_nodes: int,
+    *,
+    is_greedy: bool,
 ) -> torch.Tensor:
     """Return, by position and depth, the rank of the node that the text goes through, [length - 2, draft_length].
 
     Row t stands for a step whose root is token t + 1. A tree of N nodes holds the nodes of rank below N, so it accepts
     as many tokens as its row has entries below N; where the text leaves all trees the entry is `most_nodes`.
+
+    Args:
+        is_greedy: whether the text is of the target's most probable tokens, for which serving drafts sharper.
     """
     text = writing.token_ids
     # behind the end of the text stand tokens that nothing matches
@@ -59,7 +68,10 @@ def accepted_ranks(
     for start in range(0, num_rows, _POSITIONS_PER_SEARCH):
         stop = min(start + _POSITIONS_PER_SEARCH, num_rows)
         hidden = writing.hidden[start:stop].to(next(drafter.parameters()).dtype)
-        candidates = search(drafter, embed, hidden, text[start + 1 : stop + 1], shape, num_candidates)
+        sharpness = torch.full(hidden.shape[:1], GREEDY_SHARPNESS, device=hidden.device) if is_greedy else None
+        candidates = search(
+            drafter, embed, hidden, text[start + 1 : stop + 1], shape, num_candidates, sharpness=sharpness
+        )
         order = candidates.log_probs.argsort(dim=1, descending=True, stable=True)
         places = torch.arange(order.shape[1], device=order.device)
         ranks = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
