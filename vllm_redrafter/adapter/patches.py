@@ -145,6 +145,7 @@ CONTRACTS = (
         ("model", "tokenizer", "trust_remote_code", "revision", "vllm_speculative_config"),
     ),
     Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
+    Contract("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", ()),
     Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
     Contract(_RUNNER, "GPUModelRunner._get_eagle3_aux_layers_from_config", ()),
     Contract(_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
@@ -204,6 +205,11 @@ CONTRACTS = (
     Contract("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
     Contract("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Contract("vllm.v1.sample.sampler", "Sampler.greedy_sample", ("logits",)),
+    Contract(
+        "vllm.v1.sample.thinking_budget_state",
+        "ThinkingBudgetStateHolder.apply_to_logits",
+        ("logits", "predict_bonus_token", "spec_token_ids"),
+    ),
     Contract("vllm.v1.sample.rejection_sampler", "RejectionSampler.parse_output", ("output_token_ids", "vocab_size")),
 )
 
