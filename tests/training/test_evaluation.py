@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.training.small import VOCAB, make_documents, make_drafter, make_target
 from vllm_redrafter.core.beam_search import BeamShape
+from vllm_redrafter.training import evaluation
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.evaluation import acceptance, accuracies, as_documents, hold_out, to_json
 from vllm_redrafter.training.simulation import accepted_ranks, mean_acceptance_length, simulate
@@ -40,6 +43,23 @@ def test_acceptance_is_told_for_all_texts_and_for_every_source() -> None:
         for each in held_out.writings
     ]
     assert rows[1].mean_acceptance_length == mean_acceptance_length(everything)
+
+
+@pytest.mark.parametrize(("temperature", "is_greedy"), [(0.0, True), (1.0, False)])
+def test_greedy_texts_alone_are_held_against_the_sharper_trees_of_serving(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, is_greedy: bool
+) -> None:
+    asked = []
+
+    def watched(*arguments: Any, **how: Any) -> torch.Tensor:
+        asked.append(how["is_greedy"])
+        return accepted_ranks(*arguments, **how)
+
+    monkeypatch.setattr(evaluation, "accepted_ranks", watched)
+    target = make_target()
+    acceptance(make_drafter(), hold_out(target, transcripts()), BeamShape(2, 3), [4], temperature)
+
+    assert asked == [is_greedy] * len(transcripts())
 
 
 def test_a_single_source_is_told_once() -> None:
