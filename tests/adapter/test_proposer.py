@@ -17,10 +17,9 @@ from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter import proposer as proposer_module
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
-from vllm_redrafter.adapter.runner import sharpness
 from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
 from vllm_redrafter.core import beam_search, token_tree
-from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, BeamShape, Candidates
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Candidates
 from vllm_redrafter.core.checkpoint import load_drafter, save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -149,27 +148,34 @@ def test_a_wide_search_offers_as_many_leaves_as_may_be_verified_and_ends_at_the_
     proposer = loaded(width=3, length=4, num_nodes=9)
     hidden, init_ids = inputs()
     shape = BeamShape(3, 4)
-    core = beam_search.search(proposer.drafter, proposer.embed, hidden, init_ids, shape, num_candidates=9)
+    core = beam_search.search(
+        proposer.drafter, proposer.embed, hidden, init_ids, shape, num_candidates=9, sharpness=SHARPNESS
+    )
 
     for ours, expected in zip(proposer.search(hidden, init_ids, NO_FLOOR), core, strict=True):
         assert torch.equal(ours, expected)
     assert proposer.search(hidden, init_ids, 0.0).token_ids.shape[1] == 9, "no deeper than one level"
 
 
-def test_greedy_requests_are_drafted_sharper_than_sampled_ones() -> None:
+def test_what_sampling_will_add_is_added_to_the_drafters_logits() -> None:
     proposer = loaded(width=3, length=4, num_nodes=9)
     hidden, init_ids = inputs()
+    noise = torch.randn(len(init_ids), 4, proposer.drafter.config.head_size, generator=torch.Generator().manual_seed(2))
 
-    found = proposer.search(hidden, init_ids, NO_FLOOR, sharpness([True, False, True, False, False]))
+    found = proposer.search(hidden, init_ids, NO_FLOOR, noise)
 
-    scale = torch.tensor([GREEDY_SHARPNESS, 1.0, GREEDY_SHARPNESS, 1.0, 1.0])
     expected = beam_search.search(
-        proposer.drafter, proposer.embed, hidden, init_ids, BeamShape(3, 4), num_candidates=9, sharpness=scale
+        proposer.drafter,
+        proposer.embed,
+        hidden,
+        init_ids,
+        BeamShape(3, 4),
+        num_candidates=9,
+        sharpness=SHARPNESS,
+        noise=noise,
     )
-    plain = proposer.search(hidden, init_ids, NO_FLOOR)
-    assert torch.equal(found.log_probs, expected.log_probs)
-    same = [torch.equal(*rows) for rows in zip(found.log_probs, plain.log_probs, strict=True)]
-    assert same == [False, True, False, True, True]
+    assert all(torch.equal(*columns) for columns in zip(found, expected, strict=True))
+    assert not torch.equal(found.token_ids, proposer.search(hidden, init_ids, NO_FLOOR).token_ids)
 
 
 def test_hidden_states_of_another_precision_are_converted() -> None:
@@ -315,7 +321,13 @@ def test_a_small_embedding_table_is_folded_and_drafts_the_same(
     assert isinstance(proposer.drafter.rnn_w, nn.Identity) == (most_folded == VOCAB * HIDDEN)
     drafter = load_drafter(tmp_path)
     expected = beam_search.search(
-        drafter, nn.Embedding.from_pretrained(table), hidden, init_ids, proposer.options.shape, num_candidates=8
+        drafter,
+        nn.Embedding.from_pretrained(table),
+        hidden,
+        init_ids,
+        proposer.options.shape,
+        num_candidates=8,
+        sharpness=SHARPNESS,
     )
     found = proposer.search(hidden, init_ids, NO_FLOOR)
     assert torch.equal(found.token_ids, expected.token_ids)

@@ -24,7 +24,12 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def drafter_log_probs(
-    drafter: ReDrafter, embeddings: torch.Tensor, hidden: torch.Tensor, init_id: int, sharpness: float = 1.0
+    drafter: ReDrafter,
+    embeddings: torch.Tensor,
+    hidden: torch.Tensor,
+    init_id: int,
+    sharpness: float = 1.0,
+    noise: torch.Tensor | None = None,  # [depths, head_size]
 ) -> LogProbs:
     """Return Apple's equations (REDRAFTER 1.4), read off the checkpoint's tensors and nothing else."""
     config = drafter.config
@@ -57,10 +62,13 @@ def drafter_log_probs(
             x = weights["input_proj.weight"] @ x + weights["input_proj.bias"]
         for i in range(config.num_draft_layers):
             x = x + silu(weights[f"lm_head.{i}.linear.weight"] @ x + weights[f"lm_head.{i}.linear.bias"])
-        logits = sharpness * (head @ x)
+        logits = head @ x
         if config.top_k is not None:
             threshold = np.sort(logits)[::-1][min(config.top_k, len(logits)) - 1]
             logits = np.where(logits >= threshold, logits, -np.inf)
+        if noise is not None:
+            logits = logits + noise[len(prefix)].double().numpy()
+        logits = sharpness * logits
         logits = logits - logits.max()
         out = np.full(config.vocab_size, -np.inf)
         out[target_ids] = logits - np.log(np.exp(logits).sum())

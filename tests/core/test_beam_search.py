@@ -152,21 +152,40 @@ def test_more_candidates_never_lower_the_probability_of_the_best_nodes(seed: int
     assert num_nodes < 16 or bool((masses[-1] > masses[0]).any())
 
 
-def test_sharpness_is_a_row_of_its_own_for_every_request_and_scales_the_head() -> None:
+def test_sharpness_scales_the_head() -> None:
     drafter, embedding, hidden, init_ids = make_setting(seed=5)
     shape = BeamShape(4, 5)
     plain = search(drafter, embedding, hidden, init_ids, shape)
 
-    mixed = search(drafter, embedding, hidden, init_ids, shape, sharpness=torch.tensor([1.0, 2.0, 1.0]))
+    found = search(drafter, embedding, hidden, init_ids, shape, sharpness=2.0)
     with torch.no_grad():
         drafter.lm_head[-1].weight *= 2
-    sharper = search(drafter, embedding, hidden, init_ids, shape)
+    expected = search(drafter, embedding, hidden, init_ids, shape)
 
-    assert not torch.equal(plain.token_ids[1], sharper.token_ids[1])
-    for row, expected in ((0, plain), (1, sharper), (2, plain)):
-        assert torch.equal(mixed.token_ids[row], expected.token_ids[row])
-        assert torch.equal(mixed.parents[row], expected.parents[row])
-        torch.testing.assert_close(mixed.log_probs[row], expected.log_probs[row])
+    assert not torch.equal(plain.token_ids, expected.token_ids)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    assert torch.equal(found.parents, expected.parents)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize("fields", [{}, {"draft_vocab_size": 9}, {"top_k": 4}])
+@pytest.mark.parametrize("num_candidates", [None, 12])
+def test_noise_is_added_by_depth_and_draft_id_before_logits_are_sharpened(
+    fields: dict[str, object], num_candidates: int | None
+) -> None:
+    setting = make_setting(seed=6, **fields)
+    drafter, embedding, hidden, init_ids = setting
+    shape = BeamShape(3, 3)
+    noise = 2 * torch.randn(len(init_ids), 3, drafter.config.head_size, generator=torch.Generator().manual_seed(7))
+
+    found = search(*setting, shape, num_candidates, sharpness=1.5, noise=noise)
+
+    assert not torch.equal(found.token_ids, search(*setting, shape, num_candidates, sharpness=1.5).token_ids)
+    for row, init_id in enumerate(init_ids.tolist()):
+        log_probs = naive.drafter_log_probs(drafter, embedding.weight, hidden[row], init_id, 1.5, noise[row])
+        expected = naive.beam_search(log_probs, *shape, num_candidates)
+        assert expected.smallest_gap > 1e-6
+        assert_same(by_prefix(found, row), {k: v for depth in expected.candidates for k, v in depth.items()})
 
 
 @pytest.mark.parametrize("floor", [-1.0, -3.0, -6.0, -1000.0])

@@ -36,7 +36,7 @@ from transformers import (
 
 from tests.core import naive
 from vllm_redrafter.core import token_tree
-from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, BeamShape
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.decoding import Generation, Sample, Target, autoregressive, generate
 from vllm_redrafter.core.drafter import ReDrafter
@@ -230,7 +230,7 @@ def test_every_step_accepts_what_the_equations_in_loops_say(width: int, length: 
                 target.get_input_embeddings().weight,
                 hidden[len(input_ids) + root - 1],
                 text[root],
-                GREEDY_SHARPNESS,
+                SHARPNESS,
             )
             found = naive.beam_search(log_probs, width, length, num_nodes if width > 1 else 1)
             nodes = naive.layout({k: v for depth in found.candidates for k, v in depth.items()}, num_nodes)

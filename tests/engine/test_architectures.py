@@ -18,7 +18,7 @@ from tests.engine import tiny_models
 from tests.engine.architectures import SLIDING_WINDOW, TARGETS
 from tests.engine.engine_process import Engine, EnginePool, Request, Workload, assert_same_answers
 from vllm_redrafter.core import decoding
-from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS
+from vllm_redrafter.core.beam_search import SHARPNESS
 from vllm_redrafter.core.checkpoint import load_drafter, save_drafter
 from vllm_redrafter.core.drafter import ReDrafter
 
@@ -249,7 +249,7 @@ def _reference(pair: Pair, requests: Sequence[tuple[list[int], float]]) -> list[
             shape=shape,
             num_nodes=FIXED["num_speculative_tokens"],
             sample=_penalised(prompt, penalty),
-            sharpness=GREEDY_SHARPNESS,
+            sharpness=SHARPNESS,
         )
         for prompt, penalty in requests
     ]

@@ -13,7 +13,7 @@ from vllm_redrafter.training import evaluation
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.evaluation import acceptance, accuracies, as_documents, hold_out, to_json
 from vllm_redrafter.training.simulation import accepted_ranks, mean_acceptance_length, simulate
-from vllm_redrafter.training.transcripts import Transcript
+from vllm_redrafter.training.transcripts import Transcript, transcribe
 
 
 def transcripts() -> list[Transcript]:
@@ -33,33 +33,35 @@ def test_acceptance_is_told_for_all_texts_and_for_every_source() -> None:
         (source, num_nodes) for source in ("all", "chat", "code") for num_nodes in (2, 8)
     ]
     chat = held_out.writings[1]
-    steps = simulate(accepted_ranks(drafter, target.embed, chat, shape, 8, is_greedy=True), 3, 8)
+    steps = simulate(accepted_ranks(drafter, target.embed, chat, shape, 8, temperature=0.0), 3, 8)
     row = next(row for row in rows if (row.source, row.num_nodes) == ("chat", 8))
     assert row.mean_acceptance_length == steps.mean_acceptance_length
     assert row.mean_acceptance_length == pytest.approx(1 + sum(row.by_depth), abs=1e-6)
     assert row.by_depth == sorted(row.by_depth, reverse=True)
     everything = [
-        simulate(accepted_ranks(drafter, target.embed, each, shape, 8, is_greedy=True), 3, 8)
+        simulate(accepted_ranks(drafter, target.embed, each, shape, 8, temperature=0.0), 3, 8)
         for each in held_out.writings
     ]
     assert rows[1].mean_acceptance_length == mean_acceptance_length(everything)
 
 
-@pytest.mark.parametrize(("temperature", "is_greedy"), [(0.0, True), (1.0, False)])
-def test_greedy_texts_alone_are_held_against_the_sharper_trees_of_serving(
-    monkeypatch: pytest.MonkeyPatch, temperature: float, is_greedy: bool
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_are_held_against_the_trees_of_their_temperature(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     asked = []
 
     def watched(*arguments: Any, **how: Any) -> torch.Tensor:
-        asked.append(how["is_greedy"])
+        asked.append((arguments[2].seed, how["temperature"]))
         return accepted_ranks(*arguments, **how)
 
     monkeypatch.setattr(evaluation, "accepted_ranks", watched)
     target = make_target()
-    acceptance(make_drafter(), hold_out(target, transcripts()), BeamShape(2, 3), [4], temperature)
+    written = transcribe(target, transcripts(), 8, temperature=temperature)
+    acceptance(make_drafter(), hold_out(target, written), BeamShape(2, 3), [4], temperature)
 
-    assert asked == [is_greedy] * len(transcripts())
+    assert asked == [(each.seed, temperature) for each in written]
+    assert all((each.seed is None) == (temperature == 0) for each in written)
 
 
 def test_a_single_source_is_told_once() -> None:

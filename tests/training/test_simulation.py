@@ -9,11 +9,13 @@ from tests.training.small import VOCAB, make_documents, make_drafter, make_targe
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.decoding import Generation, generate
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.core.noise import NoisySampler
 from vllm_redrafter.training.simulation import Steps, Writing, accepted_ranks, mean_acceptance_length, simulate
 from vllm_redrafter.training.target import FrozenTarget
 
 NUM_TOKENS = 24
 PROMPT = torch.tensor([7, 3, 9, 1, 30])
+TEMPERATURE = 0.8
 
 
 def taught(target: FrozenTarget, **fields: object) -> ReDrafter:
@@ -37,23 +39,24 @@ def written(target: FrozenTarget, drafter: ReDrafter, generation: Generation) ->
     "fields", [{}, {"draft_vocab_size": VOCAB // 2}, {"top_k": 3}, {"rnn": False}, {"fused_layers": [0, 1]}]
 )
 @pytest.mark.parametrize(("shape", "num_nodes"), [((1, 4), 4), ((1, 4), 2), ((3, 4), 6), ((4, 5), 16), ((2, 3), 63)])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampling", ["greedy", "sampled", "sampled with known noise"])
 def test_simulated_steps_are_those_of_decoding(
-    fields: dict[str, object], shape: tuple[int, int], num_nodes: int, temperature: float
+    fields: dict[str, object], shape: tuple[int, int], num_nodes: int, sampling: str
 ) -> None:
     target = make_target()
     drafter = taught(target, **fields)
     generator = torch.Generator().manual_seed(4)
 
     def sampled(logits: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        return torch.multinomial((logits / TEMPERATURE).softmax(dim=-1), 1, generator=generator)[:, 0]
 
-    is_greedy, beams = temperature == 0, BeamShape(*shape)
-    sample = None if is_greedy else sampled
+    beams, temperature = BeamShape(*shape), 0.0 if sampling == "greedy" else TEMPERATURE
+    seed = 6 if sampling == "sampled with known noise" else None
+    sample = {"greedy": None, "sampled": sampled}.get(sampling, NoisySampler(TEMPERATURE, 6))
     generation = generate(target.model, drafter, PROMPT, NUM_TOKENS, shape=beams, num_nodes=num_nodes, sample=sample)
 
-    writing = written(target, drafter, generation)
-    ranks = accepted_ranks(drafter, target.embed, writing, beams, num_nodes, is_greedy=is_greedy)
+    writing = written(target, drafter, generation)._replace(seed=seed)
+    ranks = accepted_ranks(drafter, target.embed, writing, beams, num_nodes, temperature=temperature)
     steps = simulate(ranks, len(PROMPT), num_nodes)
 
     # the text ends within the last step, which may have accepted more than was kept
@@ -78,10 +81,10 @@ def test_one_search_serves_all_budgets() -> None:
     document = make_documents(30)[0]
     writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test")
 
-    most = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), 32, is_greedy=True)
+    most = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), 32, temperature=0.0)
 
     for num_nodes in (1, 3, 8):
-        own = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), num_nodes, is_greedy=True)
+        own = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), num_nodes, temperature=0.0)
         assert simulate(most, 4, num_nodes) == simulate(own, 4, num_nodes)
 
 
@@ -89,12 +92,12 @@ def test_long_texts_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     target = make_target()
     drafter = taught(target)
     document = make_documents(40)[0]
-    writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test")
-    whole = accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, is_greedy=False)
+    writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test", seed=3)
+    whole = accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, temperature=1.0)
 
     monkeypatch.setattr("vllm_redrafter.training.simulation._POSITIONS_PER_SEARCH", 7)
 
-    assert torch.equal(accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, is_greedy=False), whole)
+    assert torch.equal(accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, temperature=1.0), whole)
 
 
 def test_the_mean_weighs_steps_and_not_texts() -> None:

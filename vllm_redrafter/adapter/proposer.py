@@ -17,7 +17,7 @@ from vllm_redrafter.adapter import int8, loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.tree_batch import DraftTree, best_tree, path_segments
 from vllm_redrafter.core import beam_search
-from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.core.beam_search import SHARPNESS, Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
@@ -33,6 +33,8 @@ class ReDrafterProposer:
     """What vLLM builds for `method="custom_class"`; our runner calls `search` and `trees`."""
 
     drafter: ReDrafter
+    drafted_ids: torch.Tensor
+    """The target's id for every row of the drafter's head, [head_size]."""
 
     def __init__(self, vllm_config: Any) -> None:
         self.options = ReDrafterOptions.of(vllm_config)
@@ -43,6 +45,7 @@ class ReDrafterProposer:
     def load_model(self, target: nn.Module) -> None:
         """Load the drafter and borrow the target's embedding, and its head where the drafter is tied to it."""
         self.drafter, self.embed, num_parameters = loading.load_beside(target, Path(self.options.model), self.dtype)
+        self.drafted_ids = self.drafter.drafted_ids(torch.device("cpu"))
         can_choose = self.has_one_rank and self.dtype != torch.bfloat16
         if num_parameters > _LARGE and can_choose and torch.cpu._is_avx512_bf16_supported():
             self._choose_precision()
@@ -76,9 +79,13 @@ class ReDrafterProposer:
         hidden: torch.Tensor,  # [batch, input_size]
         init_ids: torch.Tensor,  # [batch]
         floor: float,
-        sharpness: torch.Tensor | None = None,  # [batch]
+        noise: torch.Tensor | None = None,  # [batch, draft_length, head_size]
     ) -> Candidates:
-        """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`."""
+        """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`.
+
+        Args:
+            noise: what sampling will add to the logits of the next tokens; None where nothing is sampled.
+        """
         return beam_search.search(
             self.drafter,
             self.embed,
@@ -87,7 +94,8 @@ class ReDrafterProposer:
             self.options.shape,
             num_candidates=self.options.num_speculative_tokens if self.options.beam_width > 1 else 1,
             floor=floor,
-            sharpness=sharpness,
+            sharpness=SHARPNESS,
+            noise=noise,
         )
 
     def trees(self, candidates: Candidates, budgets: Sequence[int], linear: Sequence[bool]) -> list[DraftTree]:
@@ -108,6 +116,6 @@ def search_seconds(proposer: ReDrafterProposer) -> float:
     for _ in range(7):
         others.sum()
         started = time.perf_counter()
-        proposer.search(hidden, torch.zeros(1, dtype=torch.int64), float("-inf"), torch.ones(1))
+        proposer.search(hidden, torch.zeros(1, dtype=torch.int64), float("-inf"))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

@@ -30,14 +30,14 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_redrafter.adapter import attention, step_times, tree_batch
+from vllm_redrafter.adapter import attention, foresight, step_times, tree_batch
 from vllm_redrafter.adapter.attention import TreeAttentionMetadata
 from vllm_redrafter.adapter.budget import Budget, StepRecord
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
-from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, Candidates
+from vllm_redrafter.core.beam_search import Candidates
 
 Number = TypeVar("Number", int, float)
 
@@ -65,11 +65,13 @@ class TreeModelRunner(CPUModelRunner):
         self._forward_seconds = 0.0
         self._draft_seconds: float | None = None
         self._decoding: set[str] = set()
+        self._has_foresight = False
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load target and drafter as vLLM does."""
         super().load_model(*args, **kwargs)
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
+        self._has_foresight = foresight.is_possible(self.sampler)
 
     def calibrate(self) -> None:
         """Measure forward passes, so that budgets can be chosen; nothing to do where the budget is fixed."""
@@ -252,7 +254,8 @@ class TreeModelRunner(CPUModelRunner):
         rows = torch.tensor([self._last_rows[index] for index in active])
         handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
         greedy = [is_greedy(each) for each in parameters]
-        candidates = self.drafter.search(handed_over, init_ids, floor, sharpness(greedy))
+        noise = self._foresee_noise(active, parameters)
+        candidates = self.drafter.search(handed_over, init_ids, floor, noise)
         budgets = self._agreed_budgets(candidates, greedy)
         linear = [each.structured_outputs is not None for each in parameters]
         trees = self.drafter.trees(candidates, budgets, linear)
@@ -263,6 +266,23 @@ class TreeModelRunner(CPUModelRunner):
         self._draft_seconds = time.perf_counter() - started
         self.stats.draft_seconds += self._draft_seconds
         return drafts
+
+    def _foresee_noise(self, active: Sequence[int], parameters: Sequence[Any]) -> torch.Tensor | None:
+        """Return what the sampler will add to the logits of the next tokens, or None where that is nothing or unknown.
+
+        Args:
+            active: the requests drafted for, by their places in the batch.
+        """
+        if not self._has_foresight:
+            return None
+        temperatures = [0.0 if is_greedy(each) else each.temperature for each in parameters]
+        return foresight.noise(
+            self.input_batch.generators,
+            self.input_batch.num_reqs,
+            dict(zip(active, temperatures, strict=True)),
+            self.drafter.options.draft_length,
+            self.drafter.drafted_ids,
+        )
 
     def _agreed_floor(self, batch_size: int) -> float | None:
         """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing."""
@@ -283,11 +303,6 @@ class TreeModelRunner(CPUModelRunner):
 def is_greedy(parameters: Any) -> bool:
     """Return whether a request's tokens are the target's best ones."""
     return bool(parameters.sampling_type == SamplingType.GREEDY)
-
-
-def sharpness(greedy: Sequence[bool]) -> torch.Tensor:
-    """Return what the drafter's logits are multiplied by, [batch]."""
-    return torch.tensor([GREEDY_SHARPNESS if each else 1.0 for each in greedy])
 
 
 def num_emitted(tokens: list[int], num_output_tokens: int, parameters: Any) -> int:

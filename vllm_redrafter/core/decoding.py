@@ -22,8 +22,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vllm_redrafter.core import acceptance, beam_search, layers, token_tree
-from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, BeamShape
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape
 from vllm_redrafter.core.drafter import Embed, ReDrafter
+from vllm_redrafter.core.noise import NoisySampler
 from vllm_redrafter.core.token_tree import TokenTree
 
 Sample = Callable[[torch.Tensor], torch.Tensor]
@@ -162,8 +163,9 @@ def generate(
         num_nodes: tree nodes to verify per step, 1..63; the drafter's own by default.
         eos_token_ids: tokens that end the text.
         sample: draws the tokens, called once per token in the order of the text; the most probable one by default.
-        sharpness: what the drafter's logits are multiplied by; by default `GREEDY_SHARPNESS` where `sample` is left
-            out, else 1.
+            The noise of a `NoisySampler` is known to the drafter.
+        sharpness: what the drafter's logits are multiplied by; by default 1 where `sample` is another function, else
+            `SHARPNESS`.
 
     Raises:
         ValueError: the prompt is empty, a number is out of range, or the drafter was made for another target.
@@ -172,7 +174,7 @@ def generate(
     shape = shape or BeamShape(drafter.config.beam_width, drafter.config.draft_length)
     num_nodes = drafter.config.num_speculative_tokens if num_nodes is None else num_nodes
     if sharpness is None:
-        sharpness = GREEDY_SHARPNESS if sample is None else 1.0
+        sharpness = SHARPNESS if sample is None or isinstance(sample, NoisySampler) else 1.0
     sample = sample or _most_probable
     with torch.inference_mode():
         context = _open(target, input_ids, max_new_tokens, drafter.config.fused_layers)
@@ -182,7 +184,7 @@ def generate(
         token_ids: list[int] = root.tolist()
         paths: list[list[int]] = []
         while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_token_ids:
-            tree = _draft(drafter, context, hidden, root, shape, num_nodes, sharpness)
+            tree = _draft(drafter, context, hidden, root, shape, num_nodes, sample, sharpness)
             seen = context.verify(tree)
             accepted = _accept(tree, seen.logits, sample)
             nodes = accepted.nodes[0]
@@ -221,6 +223,7 @@ def _draft(
     root: torch.Tensor,  # [1]
     shape: BeamShape,
     num_nodes: int,
+    sample: Sample,
     sharpness: float,
 ) -> TokenTree:
     """Return the best continuations of the root, as one tree without padding."""
@@ -234,8 +237,12 @@ def _draft(
     num_candidates = num_nodes if shape.width > 1 else 1
     hidden = hidden.to(next(drafter.parameters()).dtype)
     shape = shape._replace(length=length)
-    scale = torch.full((1,), sharpness, device=hidden.device)
-    candidates = beam_search.search(drafter, context.embed, hidden, root, shape, num_candidates, sharpness=scale)
+    noise = None
+    if isinstance(sample, NoisySampler):
+        noise = sample.foresee(length, drafter.drafted_ids(hidden.device))[None]
+    candidates = beam_search.search(
+        drafter, context.embed, hidden, root, shape, num_candidates, sharpness=sharpness, noise=noise
+    )
     tree = token_tree.best_nodes(root, candidates, num_nodes)
     size = 1 + int(tree.num_nodes)
     return tree._replace(**{name: column[:, :size] for name, column in tree._asdict().items() if column.ndim == 2})

@@ -142,6 +142,11 @@ class ReDrafter(nn.Module):
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    def drafted_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the target's id for every row of the head, [head_size], also where they are the same."""
+        ids = self.target_ids()
+        return torch.arange(self.config.head_size, device=device) if ids is None else ids.to(device)
+
     def start(self, hidden: torch.Tensor) -> DraftState:  # [..., input_size]
         """Return the state from which the tokens after g_0 are drafted.
 
@@ -187,17 +192,22 @@ class ReDrafter(nn.Module):
             raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
         return functional.linear(x, self._tied_head.to(x.dtype))
 
-    def log_probs(self, state: DraftState, scale: torch.Tensor | None = None) -> torch.Tensor:
+    def log_probs(
+        self, state: DraftState, scale: float = 1.0, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return log Q of the next token in fp32, [..., head_size]; -inf outside the `top_k` best, ties kept.
 
         Args:
-            scale: what logits are multiplied by first; it must broadcast to them.
+            scale: what logits are multiplied by.
+            noise: what is added to them before that; it must broadcast to them.
         """
         logits = self.logits(state).float()
-        if scale is not None:
-            logits = logits * scale
         top_k = self.config.top_k
         if top_k is not None and top_k < logits.shape[-1]:
             threshold = logits.topk(top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
+        if noise is not None:
+            logits = logits + noise
+        if scale != 1:
+            logits = logits * scale
         return logits.log_softmax(dim=-1)

@@ -59,7 +59,7 @@ def hold_out(
     for each in transcripts:
         token_ids = each.token_ids.to(target.device)
         hidden = target.hidden(token_ids, fused_layers)
-        writings.append(Writing(token_ids, hidden, each.num_prompt_tokens, each.source))
+        writings.append(Writing(token_ids, hidden, each.num_prompt_tokens, each.source, each.seed))
     return HeldOut(writings, target.embed)
 
 
@@ -68,7 +68,7 @@ def acceptance(
 ) -> list[Acceptance]:
     """Return what trees of each budget of nodes yield, for all texts together and, of several sources, for each."""
     ranks = [
-        accepted_ranks(drafter, held_out.embed, each, shape, max(budgets), is_greedy=temperature == 0)
+        accepted_ranks(drafter, held_out.embed, each, shape, max(budgets), temperature=temperature)
         for each in held_out.writings
     ]
     sources = sorted({each.source for each in held_out.writings})

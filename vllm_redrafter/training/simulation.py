@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from vllm_redrafter.core.beam_search import GREEDY_SHARPNESS, BeamShape, search
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, search
 from vllm_redrafter.core.drafter import Embed, ReDrafter
+from vllm_redrafter.core.noise import draw_seeds, gumbel
 
 _POSITIONS_PER_SEARCH = 256
 
@@ -26,6 +27,8 @@ class Writing(NamedTuple):
     hidden: torch.Tensor  # [length, input_size]: what `ReDrafter.start` takes
     num_prompt_tokens: int
     source: str
+    seed: int | None = None
+    """Of the `NoisySampler` that drew the answer; None where none did."""
 
 
 class Steps(NamedTuple):
@@ -48,19 +51,26 @@ def accepted_ranks(
     shape: BeamShape,
     most_nodes: int,
     *,
-    is_greedy: bool,
+    temperature: float,
 ) -> torch.Tensor:
     """Return, by position and depth, the rank of the node that the text goes through, [length - 2, draft_length].
 
     Row t stands for a step whose root is token t + 1. A tree of N nodes holds the nodes of rank below N, so it accepts
-    as many tokens as its row has entries below N; where the text leaves all trees the entry is `most_nodes`.
+    as many tokens as its row has entries below N; where the text leaves all trees the entry is `most_nodes`. Rows whose
+    drafts lie in the prompt mean nothing.
 
     Args:
-        is_greedy: whether the text is of the target's most probable tokens, for which serving drafts sharper.
+        temperature: that the answer was written at; 0 for the target's most probable tokens.
     """
     text = writing.token_ids
     # behind the end of the text stand tokens that nothing matches
     beyond = functional.pad(text, (0, shape.length), value=-1)
+    seeds = _seeds_by_position(writing, shape.length) if temperature else None
+
+    def noise(seeds: torch.Tensor) -> torch.Tensor:  # [positions + length - 1] -> [positions, length, head_size]
+        windows = gumbel(seeds, drafter.drafted_ids(seeds.device)).unfold(0, shape.length, 1)
+        return temperature * windows.transpose(1, 2)
+
     rows = []
     num_rows = len(text) - 2
     # a width of 1 asks for a chain; with more, the runners-up of every depth are candidates too
@@ -68,9 +78,15 @@ def accepted_ranks(
     for start in range(0, num_rows, _POSITIONS_PER_SEARCH):
         stop = min(start + _POSITIONS_PER_SEARCH, num_rows)
         hidden = writing.hidden[start:stop].to(next(drafter.parameters()).dtype)
-        sharpness = torch.full(hidden.shape[:1], GREEDY_SHARPNESS, device=hidden.device) if is_greedy else None
         candidates = search(
-            drafter, embed, hidden, text[start + 1 : stop + 1], shape, num_candidates, sharpness=sharpness
+            drafter,
+            embed,
+            hidden,
+            text[start + 1 : stop + 1],
+            shape,
+            num_candidates,
+            sharpness=1.0 if seeds is None and temperature else SHARPNESS,
+            noise=None if seeds is None else noise(seeds[start + 2 : stop + 1 + shape.length]),
         )
         order = candidates.log_probs.argsort(dim=1, descending=True, stable=True)
         places = torch.arange(order.shape[1], device=order.device)
@@ -87,6 +103,15 @@ def accepted_ranks(
             columns.append(ranks.gather(1, node)[:, 0].masked_fill(~found, most_nodes).clamp(max=most_nodes))
         rows.append(torch.stack(columns, dim=1))
     return torch.cat(rows)
+
+
+def _seeds_by_position(writing: Writing, draft_length: int) -> torch.Tensor | None:  # [length + draft_length]
+    """Return the seed of every token's noise, also of those that could be drafted behind the end."""
+    if writing.seed is None:
+        return None
+    num_drawn = len(writing.token_ids) - writing.num_prompt_tokens + draft_length
+    seeds = draw_seeds(torch.Generator().manual_seed(writing.seed), num_drawn)
+    return functional.pad(seeds, (writing.num_prompt_tokens, 0)).to(writing.token_ids.device)
 
 
 def simulate(ranks: torch.Tensor, num_prompt_tokens: int, num_nodes: int) -> Steps:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from vllm_redrafter.core.noise import NoisySampler, draw_seeds
 from vllm_redrafter.training.target import FrozenTarget
 
 _PROMPTS_AT_ONCE = 64
@@ -22,6 +23,8 @@ class Transcript(NamedTuple):
     token_ids: torch.Tensor  # [length]: the token that ended the text, if one did, is the last
     num_prompt_tokens: int
     source: str
+    seed: int | None = None
+    """Of the `NoisySampler` that drew the answer; None where none did."""
 
 
 def transcribe(
@@ -36,12 +39,17 @@ def transcribe(
 
     Args:
         prompts: transcripts of which the first `num_prompt_tokens` tokens are taken, at least one.
+        seed: what the seeds of the answers are drawn from.
     """
+    if temperature:
+        seeds = draw_seeds(torch.Generator().manual_seed(seed), len(prompts)).tolist()
+        prompts = [prompt._replace(seed=own) for prompt, own in zip(prompts, seeds, strict=True)]
+    else:
+        prompts = [prompt._replace(seed=None) for prompt in prompts]
     # prompts of like length stand together: what pads the shorter ones is computed as well
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].num_prompt_tokens)
     written: dict[int, Transcript] = {}
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
+    with torch.inference_mode():
         for start in range(0, len(order), _PROMPTS_AT_ONCE):
             indices = order[start : start + _PROMPTS_AT_ONCE]
             texts = _continue(target, [prompts[i] for i in indices], max_new_tokens, temperature)
@@ -52,7 +60,7 @@ def transcribe(
 def _continue(
     target: FrozenTarget, prompts: Sequence[Transcript], max_new_tokens: int, temperature: float
 ) -> list[Transcript]:
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    samplers = [_Noise(temperature, prompts)] if temperature else []
     stops = target.stop_token_ids
     # every field that a target's own generation config may set otherwise
     config = GenerationConfig(
@@ -60,7 +68,6 @@ def _continue(
         eos_token_id=sorted(stops) or None,
         pad_token_id=0,
         repetition_penalty=1.0,
-        **sampling,
     )
     longest = max(prompt.num_prompt_tokens for prompt in prompts)
     token_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -70,12 +77,26 @@ def _continue(
         attention_mask[row, longest - prompt.num_prompt_tokens :] = 1
     device = target.device
     answers = target.model.generate(
-        input_ids=token_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+        input_ids=token_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList(samplers),
     )[:, longest:].cpu()
     return [
         prompt._replace(token_ids=torch.cat((prompt.token_ids[: prompt.num_prompt_tokens], _until_stop(answer, stops))))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+class _Noise(LogitsProcessor):
+    """Makes the best token one that is drawn, as a `NoisySampler` with the seed of each prompt draws it."""
+
+    def __init__(self, temperature: float, prompts: Sequence[Transcript]) -> None:
+        self._samplers = [NoisySampler(temperature, prompt.seed) for prompt in prompts if prompt.seed is not None]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        drawn = [sampler(row[None]) for sampler, row in zip(self._samplers, scores, strict=True)]
+        return torch.full_like(scores, float("-inf")).scatter(1, torch.stack(drawn), 0.0)
 
 
 def _until_stop(answer: torch.Tensor, stop_token_ids: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,66 @@
+"""What vLLM's sampler will add to the logits of the next tokens: noise that drafts may know (`core.noise`).
+
+The sampler takes a seed per row and call, from torch's own generator for the whole batch at once, then from the
+request's generator where it has one. A walk calls it once per depth, so copies of the generators tell the seeds of the
+next step's depths. They are right unless the batch changes until then, or speculation of another kind draws from them;
+a wrong guess costs acceptance, never output, because nothing here is what is sampled with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_redrafter.core.noise import foresee_seeds, gumbel
+
+
+_TRIED_DRAWS = 8
+_TRIED_TOKENS = 256
+
+
+def is_possible(sampler: Any) -> bool:
+    """Return whether vLLM's sampler draws with the noise that we know of: it does not in fp64, or on other processors.
+
+    It is asked for draws from a flat distribution, where the noise alone decides.
+    """
+    generator = torch.Generator().manual_seed(0)
+    expected = gumbel(foresee_seeds(generator, _TRIED_DRAWS), torch.arange(_TRIED_TOKENS)).argmax(dim=-1)
+    flat = torch.zeros(1, _TRIED_TOKENS)
+    with torch.random.fork_rng(devices=[]):
+        drawn = [sampler.topk_topp_sampler(flat.clone(), {0: generator}, None, None)[0] for _ in range(_TRIED_DRAWS)]
+    return torch.equal(torch.cat(drawn), expected)
+
+
+def noise(
+    generators: Mapping[int, torch.Generator],
+    num_requests: int,
+    temperatures: Mapping[int, float],
+    num_tokens: int,
+    token_ids: torch.Tensor,  # [tokens]
+) -> torch.Tensor | None:
+    """Return what is added to the logits of some requests' next tokens, times the temperature.
+
+    Args:
+        generators: of the batch's requests that have one, by place.
+        num_requests: of the batch.
+        temperatures: by place in the batch, of those that it is wanted for; 0 for a greedy one.
+        num_tokens: to look ahead.
+        token_ids: those that it is wanted for.
+
+    Returns:
+        [len(temperatures), num_tokens, tokens] fp32, zero for greedy requests; None where all are greedy.
+    """
+    sampled = [row for row, temperature in enumerate(temperatures.values()) if temperature > 0]
+    if not sampled:
+        return None
+    shared = foresee_seeds(torch.default_generator, num_tokens * num_requests).view(num_tokens, num_requests)
+    places = list(temperatures)
+    added = torch.zeros(len(places), num_tokens, len(token_ids))
+    for row in sampled:
+        place = places[row]
+        generator = generators.get(place)
+        seeds = shared[:, place] if generator is None else foresee_seeds(generator, num_tokens)
+        added[row] = gumbel(seeds, token_ids).mul_(temperatures[place])
+    return added

@@ -1,0 +1,85 @@
+"""The noise that sampling adds, known before the target has been asked.
+
+A token is drawn at temperature T as the argmax of `logits / T + g`, where g is Gumbel noise, one number per token of the
+vocabulary. Here g is a function of a seed and the token, and the seeds come from the request's generator, one per
+emitted token. So the noise of the next tokens is settled before the target runs, and a copy of the generator tells it:
+a drafter that adds `T g` to its own logits ranks first what the target will draw wherever the two agree well enough.
+The text stays what it is, because the target's logits and the noise alone decide it.
+
+That two parties draw the same token most often when they share their noise: Daliri, Musco and Suresh, "Coupling without
+Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978. The function of seed and token is that of
+vLLM's sampler on CPUs: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a key made of the seed, so a seed means the
+same here and there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_FACTORS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+_LAST_SHIFT = 31
+_RANDOM_BITS = 53
+_NUM_SEEDS = 1 << 31
+
+
+def draw_seeds(generator: torch.Generator | None, num_tokens: int) -> torch.Tensor:
+    """Return the seeds of the next tokens, [num_tokens] int64, from a generator on the CPU (None: torch's own)."""
+    return torch.randint(_NUM_SEEDS, (num_tokens,), generator=generator)
+
+
+def foresee_seeds(generator: torch.Generator, num_tokens: int) -> torch.Tensor:
+    """Return what `draw_seeds` will, [num_tokens] int64, and leave the generator as it is."""
+    return draw_seeds(generator.clone_state(), num_tokens)
+
+
+def gumbel(seeds: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the noise that a seed gives each token, [..., tokens] fp32.
+
+    Args:
+        seeds: [...], int64.
+        token_ids: [tokens], int64, of the target.
+    """
+    bits = _mixed(_mixed(seeds)[..., None] + (token_ids + 1) * _GAMMA)
+    uniform = (_shifted(bits, 64 - _RANDOM_BITS).double().add_(0.5)).mul_(0.5**_RANDOM_BITS)
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+class NoisySampler:
+    """Draws tokens at a temperature, and tells what it will add to the logits of the next ones.
+
+    Args:
+        temperature: above 0.
+        seed: of the generator.
+    """
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature = temperature
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:  # [rows, vocab] -> [rows]
+        """Return one token per row."""
+        seeds = draw_seeds(self._generator, len(logits)).to(logits.device)
+        noise = gumbel(seeds, torch.arange(logits.shape[-1], device=logits.device))
+        return (logits.float() / self.temperature + noise).argmax(dim=-1)
+
+    def foresee(self, num_tokens: int, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return what the next draws add to logits, [num_tokens, tokens] fp32; nothing is drawn.
+
+        Args:
+            token_ids: [tokens], int64: those that it is wanted for.
+        """
+        seeds = foresee_seeds(self._generator, num_tokens).to(token_ids.device)
+        return self.temperature * gumbel(seeds, token_ids)
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """Return SplitMix64's permutation of 64-bit words; products wrap."""
+    for shift, factor in _FACTORS:
+        bits = (bits ^ _shifted(bits, shift)).mul_(factor)
+    return bits ^ _shifted(bits, _LAST_SHIFT)
+
+
+def _shifted(bits: torch.Tensor, shift: int) -> torch.Tensor:
+    """Return words shifted to the right, zeros coming in: torch has signed words alone."""
+    return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
