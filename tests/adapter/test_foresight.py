@@ -32,7 +32,7 @@ def test_the_next_draws_of_every_request_are_known(seeded: tuple[int, ...]) -> N
 
         drawn = draws(Sampler(), generators, 3, 4)
 
-        assert torch.equal(noise.argmax(dim=-1), drawn)
+        assert torch.equal(torch.stack([noise(depth).argmax(dim=-1) for depth in range(4)], dim=1), drawn)
         assert len(set(drawn.flatten().tolist())) > 8
 
 
@@ -44,9 +44,10 @@ def test_it_is_told_for_some_of_the_batch_and_of_the_vocabulary() -> None:
     part = foresight.noise(generators, 4, {3: 0.5, 1: 2.0, 0: 0.0}, 3, ALL[7:20])
 
     assert part is not None
-    torch.testing.assert_close(part[0], 0.5 * whole[3, :, 7:20])
-    torch.testing.assert_close(part[1], 2.0 * whole[1, :, 7:20])
-    assert not part[2].any(), "a greedy request"
+    for depth in range(3):
+        torch.testing.assert_close(part(depth)[0], 0.5 * whole(depth)[3, 7:20])
+        torch.testing.assert_close(part(depth)[1], 2.0 * whole(depth)[1, 7:20])
+        assert not part(depth)[2].any(), "a greedy request"
     assert foresight.noise(generators, 4, {0: 0.0, 2: 0.0}, 3, ALL) is None
 
 

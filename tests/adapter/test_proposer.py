@@ -160,9 +160,11 @@ def test_a_wide_search_offers_as_many_leaves_as_may_be_verified_and_ends_at_the_
 def test_what_sampling_will_add_is_added_to_the_drafters_logits() -> None:
     proposer = loaded(width=3, length=4, num_nodes=9)
     hidden, init_ids = inputs()
-    noise = torch.randn(len(init_ids), 4, proposer.drafter.config.head_size, generator=torch.Generator().manual_seed(2))
+    numbers = torch.randn(
+        4, len(init_ids), proposer.drafter.config.head_size, generator=torch.Generator().manual_seed(2)
+    )
 
-    found = proposer.search(hidden, init_ids, NO_FLOOR, noise)
+    found = proposer.search(hidden, init_ids, NO_FLOOR, numbers.__getitem__)
 
     expected = beam_search.search(
         proposer.drafter,
@@ -172,7 +174,7 @@ def test_what_sampling_will_add_is_added_to_the_drafters_logits() -> None:
         BeamShape(3, 4),
         num_candidates=9,
         sharpness=SHARPNESS,
-        noise=noise,
+        noise=numbers.__getitem__,
     )
     assert all(torch.equal(*columns) for columns in zip(found, expected, strict=True))
     assert not torch.equal(found.token_ids, proposer.search(hidden, init_ids, NO_FLOOR).token_ids)

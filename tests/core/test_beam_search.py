@@ -178,7 +178,7 @@ def test_noise_is_added_by_depth_and_draft_id_before_logits_are_sharpened(
     shape = BeamShape(3, 3)
     noise = 2 * torch.randn(len(init_ids), 3, drafter.config.head_size, generator=torch.Generator().manual_seed(7))
 
-    found = search(*setting, shape, num_candidates, sharpness=1.5, noise=noise)
+    found = search(*setting, shape, num_candidates, sharpness=1.5, noise=lambda depth: noise[:, depth])
 
     assert not torch.equal(found.token_ids, search(*setting, shape, num_candidates, sharpness=1.5).token_ids)
     for row, init_id in enumerate(init_ids.tolist()):

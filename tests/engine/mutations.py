@@ -94,6 +94,15 @@ def draft_from_the_neighbours_state() -> Iterator[None]:
 
 
 @contextmanager
+def draft_without_foresight() -> Iterator[None]:
+    """Do not tell drafts what sampling will add."""
+    from vllm_redrafter.adapter.runner import TreeModelRunner
+
+    with replaced(TreeModelRunner, "_foresee_noise", lambda original: lambda self, *arguments: None):
+        yield
+
+
+@contextmanager
 def draft_trees_for_grammars() -> Iterator[None]:
     """Propose trees to requests whose grammar follows one line of tokens."""
     from vllm_redrafter.adapter.proposer import ReDrafterProposer

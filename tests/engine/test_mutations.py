@@ -64,3 +64,16 @@ def test_a_wrong_hidden_state_costs_acceptance_and_no_text(engines: EnginePool, 
     assert_same_answers(worse, engines.run(tiny_pair.plain(), workload))
     good = engines.run(tiny_pair.drafted(), workload)
     assert worse.stats["num_accepted_tokens"] < 0.5 * good.stats["num_accepted_tokens"]
+
+
+def test_without_foresight_fewer_drafts_are_accepted_and_no_text_changes(
+    engines: EnginePool, tiny_pair: TinyPair
+) -> None:
+    workload = seeded(tiny_pair, SAMPLED)
+
+    blind = engines.run(tiny_pair.drafted(), replace(workload, mutation="draft_without_foresight"))
+
+    seeing = engines.run(tiny_pair.drafted(), workload)
+    assert_same_answers(blind, seeing)
+    accepted = [run.stats["num_emitted_tokens"] / run.stats["num_steps"] - 1 for run in (blind, seeing)]
+    assert accepted[1] > 1.2 * accepted[0] > 0

@@ -12,6 +12,9 @@ tree_attention = pytest.importorskip(
     "vllm_redrafter.kernels.tree_attention", reason="needs Triton", exc_type=ImportError
 )
 commit_kv = pytest.importorskip("vllm_redrafter.kernels.commit_kv", reason="needs Triton", exc_type=ImportError)
+sampling_noise = pytest.importorskip(
+    "vllm_redrafter.kernels.sampling_noise", reason="needs Triton", exc_type=ImportError
+)
 verify_walk = pytest.importorskip("vllm_redrafter.kernels.verify_walk", reason="needs Triton", exc_type=ImportError)
 
 
@@ -31,6 +34,7 @@ def test_interpreted_kernels_are_tritons() -> None:
         commit_kv.commit_kv,
         verify_walk.target_tokens,
         verify_walk.verify_walk,
+        sampling_noise.sampling_noise,
     )
 
 
@@ -46,6 +50,7 @@ def test_without_a_gpu_the_twins_take_over(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", Backend._fields[1:])
 def test_kernel_and_twin_have_one_signature(name: str) -> None:
-    (kernel,) = (getattr(module, name) for module in (tree_attention, commit_kv, verify_walk) if hasattr(module, name))
+    modules = (tree_attention, commit_kv, verify_walk, sampling_noise)
+    (kernel,) = (getattr(module, name) for module in modules if hasattr(module, name))
 
     assert inspect.signature(kernel) == inspect.signature(getattr(reference, name))

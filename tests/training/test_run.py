@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerState
 
 from tests.engine.tiny_models import make_llama, save_target
 from tests.training.small import HIDDEN, VOCAB, make_documents, make_drafter, make_target
@@ -16,7 +16,7 @@ from vllm_redrafter.core import checkpoint
 from vllm_redrafter.training import run
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
-from vllm_redrafter.training.recipe import Recipe, build_drafter, choose
+from vllm_redrafter.training.recipe import Recipe, build_drafter, choose, training_arguments
 from vllm_redrafter.training.rollout import Objective, Rollout
 
 FAST: dict[str, Any] = {"max_length": 32, "max_steps": 4, "batch_size": 2, "num_evaluations": 2, "bf16": False}
@@ -161,6 +161,17 @@ def test_a_tied_drafter_has_no_head_of_its_own() -> None:
 
     assert drafter.config.exit_dim == HIDDEN
     assert all(parameter.shape != (VOCAB, HIDDEN) for parameter in drafter.parameters())
+
+
+@pytest.mark.parametrize("num_evaluations", [1, 2, 3, 10])
+def test_the_drafter_is_evaluated_as_often_as_wanted(num_evaluations: int, tmp_path: Path) -> None:
+    recipe = Recipe(max_steps=60, num_evaluations=num_evaluations).settled(hidden_size=16, num_tokens=1000)
+
+    state = TrainerState()
+    state.compute_steps(training_arguments(recipe, tmp_path, evaluates=True), 60)
+
+    assert 60 // state.eval_steps == num_evaluations
+    assert state.save_steps == state.eval_steps
 
 
 def test_what_is_left_open_is_chosen_for_the_target_and_the_data() -> None:

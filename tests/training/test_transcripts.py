@@ -7,6 +7,7 @@ import torch
 
 from tests.training.small import make_target
 from vllm_redrafter.core.decoding import autoregressive
+from vllm_redrafter.core.noise import NoisySampler
 from vllm_redrafter.training.target import FrozenTarget
 from vllm_redrafter.training.transcripts import Transcript, transcribe
 
@@ -55,6 +56,16 @@ def test_sampled_texts_are_repeatable_and_leave_the_global_seed_alone(target: Fr
     assert torch.equal(torch.rand(3), expected)
     assert [each.token_ids.tolist() for each in first] == [each.token_ids.tolist() for each in second]
     assert [each.token_ids.tolist() for each in first] != [each.token_ids.tolist() for each in other]
+
+
+def test_sampled_texts_are_those_of_the_sampler_with_their_seeds(target: FrozenTarget) -> None:
+    for each in transcribe(target, prompts(), 8, temperature=0.7, seed=2):
+        assert each.seed is not None
+        prompt = each.token_ids[: each.num_prompt_tokens]
+
+        text = autoregressive(target.model, prompt, 8, sample=NoisySampler(0.7, each.seed))
+
+        assert each.token_ids[len(prompt) :].tolist() == text.token_ids
 
 
 def test_a_targets_own_sampling_defaults_do_not_bend_its_distribution(target: FrozenTarget) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from vllm_redrafter.core.beam_search import Noise
 from vllm_redrafter.core.noise import foresee_seeds, gumbel
-
 
 _TRIED_DRAWS = 8
 _TRIED_TOKENS = 256
@@ -39,8 +39,8 @@ def noise(
     temperatures: Mapping[int, float],
     num_tokens: int,
     token_ids: torch.Tensor,  # [tokens]
-) -> torch.Tensor | None:
-    """Return what is added to the logits of some requests' next tokens, times the temperature.
+) -> Noise | None:
+    """Return what is added to the logits of some requests' next tokens, or None where all of them are greedy.
 
     Args:
         generators: of the batch's requests that have one, by place.
@@ -48,19 +48,25 @@ def noise(
         temperatures: by place in the batch, of those that it is wanted for; 0 for a greedy one.
         num_tokens: to look ahead.
         token_ids: those that it is wanted for.
-
-    Returns:
-        [len(temperatures), num_tokens, tokens] fp32, zero for greedy requests; None where all are greedy.
     """
-    sampled = [row for row, temperature in enumerate(temperatures.values()) if temperature > 0]
-    if not sampled:
+    rows = [row for row, temperature in enumerate(temperatures.values()) if temperature > 0]
+    if not rows:
         return None
-    shared = foresee_seeds(torch.default_generator, num_tokens * num_requests).view(num_tokens, num_requests)
     places = list(temperatures)
-    added = torch.zeros(len(places), num_tokens, len(token_ids))
-    for row in sampled:
-        place = places[row]
-        generator = generators.get(place)
-        seeds = shared[:, place] if generator is None else foresee_seeds(generator, num_tokens)
-        added[row] = gumbel(seeds, token_ids).mul_(temperatures[place])
-    return added
+    shared = foresee_seeds(torch.default_generator, num_tokens * num_requests).view(num_tokens, num_requests)
+    own = (generators.get(places[row]) for row in rows)
+    seeds = torch.stack(
+        [
+            shared[:, places[row]] if generator is None else foresee_seeds(generator, num_tokens)
+            for row, generator in zip(rows, own, strict=True)
+        ]
+    )
+    scales = torch.tensor([temperatures[places[row]] for row in rows])[:, None]
+
+    def at(depth: int) -> torch.Tensor:
+        drawn = gumbel(seeds[:, depth], token_ids).mul_(scales)
+        if len(rows) == len(places):
+            return drawn
+        return torch.zeros(len(places), len(token_ids)).index_copy_(0, torch.tensor(rows), drawn)
+
+    return at

@@ -17,7 +17,7 @@ from vllm_redrafter.adapter import int8, loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.tree_batch import DraftTree, best_tree, path_segments
 from vllm_redrafter.core import beam_search
-from vllm_redrafter.core.beam_search import SHARPNESS, Candidates
+from vllm_redrafter.core.beam_search import SHARPNESS, Candidates, Noise
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
@@ -79,7 +79,7 @@ class ReDrafterProposer:
         hidden: torch.Tensor,  # [batch, input_size]
         init_ids: torch.Tensor,  # [batch]
         floor: float,
-        noise: torch.Tensor | None = None,  # [batch, draft_length, head_size]
+        noise: Noise | None = None,
     ) -> Candidates:
         """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`.
 

@@ -37,7 +37,7 @@ from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
-from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.core.beam_search import Candidates, Noise
 
 Number = TypeVar("Number", int, float)
 
@@ -65,13 +65,12 @@ class TreeModelRunner(CPUModelRunner):
         self._forward_seconds = 0.0
         self._draft_seconds: float | None = None
         self._decoding: set[str] = set()
-        self._has_foresight = False
+        self._has_foresight = foresight.is_possible(self.sampler)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load target and drafter as vLLM does."""
         super().load_model(*args, **kwargs)
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
-        self._has_foresight = foresight.is_possible(self.sampler)
 
     def calibrate(self) -> None:
         """Measure forward passes, so that budgets can be chosen; nothing to do where the budget is fixed."""
@@ -267,7 +266,7 @@ class TreeModelRunner(CPUModelRunner):
         self.stats.draft_seconds += self._draft_seconds
         return drafts
 
-    def _foresee_noise(self, active: Sequence[int], parameters: Sequence[Any]) -> torch.Tensor | None:
+    def _foresee_noise(self, active: Sequence[int], parameters: Sequence[Any]) -> Noise | None:
         """Return what the sampler will add to the logits of the next tokens, or None where that is nothing or unknown.
 
         Args:

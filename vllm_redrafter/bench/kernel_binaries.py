@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_redrafter.bench.tree_batches import random_batch
-from vllm_redrafter.kernels import commit_kv, tree_attention, verify_walk
+from vllm_redrafter.kernels import commit_kv, sampling_noise, tree_attention, verify_walk
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.binary import Binary, compile_launch
 from vllm_redrafter.kernels.caches import layer_caches
@@ -60,6 +60,10 @@ def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
             str(dtype).removeprefix("torch."),
             verify_walk.plan_draw(logits, ids[0, :1], starts[:1], torch.zeros(1), ids[0, :1]),
         )
+    yield (
+        "32k tokens",
+        sampling_noise.plan(ids[0, :1], torch.zeros(1), ids[0, :1], torch.zeros(32_000, dtype=torch.int64)),
+    )
 
 
 def _attention(

@@ -15,7 +15,7 @@ import torch
 
 from vllm_redrafter.bench import graph_time
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
-from vllm_redrafter.kernels import commit_kv, reference, tree_attention, verify_walk
+from vllm_redrafter.kernels import commit_kv, reference, sampling_noise, tree_attention, verify_walk
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.caches import layer_caches
 
@@ -23,6 +23,7 @@ _TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Of the largest output: what goes into the second product is rounded to 24, 11 or 8 bits."""
 _NUM_LAYERS = 32
 _VOCAB_SIZE = 128_000
+_DRAFT_VOCAB_SIZE = 32_000
 
 
 class Measurement(NamedTuple):
@@ -72,6 +73,7 @@ def check(device: str) -> Iterator[Measurement]:
     yield _commit("3 layers", *_commit_case(random_batch([14, 60], [9, 17], device=device), 3))
     yield _walk("63 nodes", 8, 63, device)
     yield _draw("5000 tokens", *_draw_case(8, 5000, device))
+    yield _noise("5000 tokens", *_noise_case(8, 5000, device))
 
 
 def measure(plan: Plan) -> Iterator[Measurement]:
@@ -95,6 +97,7 @@ def measure(plan: Plan) -> Iterator[Measurement]:
         yield _timed_commit(f"batch {batch_size} {_NUM_LAYERS} layers", batch, bytes_per_ms)
         yield _timed_walk(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
         yield _timed_draw(f"batch {batch_size} {_VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
+        yield _timed_noise(f"batch {batch_size} {_DRAFT_VOCAB_SIZE} tokens", batch_size, bytes_per_ms)
 
 
 def _attention(case: str, batch: Batch, **options: Any) -> Measurement:
@@ -231,6 +234,31 @@ def _timed_draw(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
         floor_ms=num_bytes / bytes_per_ms,
         stock_ms=graph_time.time_ms([_call(torch.argmax, copy, 1) for copy in copies]),
     )
+
+
+def _noise_case(num_rows: int, num_tokens: int, device: str) -> tuple[torch.Tensor, ...]:
+    rows = torch.arange(num_rows, device=device)
+    return (
+        100 + rows,
+        torch.full((num_rows,), 0.7, device=device),
+        rows << 33,
+        3 * torch.arange(num_tokens, device=device),
+    )
+
+
+def _noise(case: str, *rows: torch.Tensor) -> Measurement:
+    ours, twin = sampling_noise.sampling_noise(*rows), reference.sampling_noise(*rows)
+    return Measurement(
+        "sampling_noise", case, float((ours - twin).abs().max() / twin.abs().max()), _TOLERANCES[twin.dtype]
+    )
+
+
+def _timed_noise(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
+    rows = _noise_case(num_rows, _DRAFT_VOCAB_SIZE, "cuda")
+    # a copy reads and writes; this writes alone
+    num_bytes = num_rows * _DRAFT_VOCAB_SIZE * torch.float32.itemsize
+    ms = graph_time.time_ms([_call(sampling_noise.sampling_noise, *rows)])
+    return _noise(case, *rows)._replace(ms=ms, floor_ms=num_bytes / bytes_per_ms)
 
 
 def _call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[[], object]:

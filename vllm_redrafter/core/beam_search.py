@@ -6,6 +6,7 @@ from those, so a continuation that lost its place among the beams can still be v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,14 @@ from vllm_redrafter.core.drafter import DraftState, Embed, ReDrafter
 
 SHARPNESS = 1.25
 """What logits are multiplied by where it is settled which token follows a context, if only the drafter knew: in greedy
-text, and in sampled text whose noise is foreseen. There a drafter's first guess is right more often than its probability
-says, and its second one less often. Between 1 and 1.5 a tree of 8 accepts most, in greedy text 1.5% more than without
-(measured on held-out texts). Where the noise is not known, the target's distribution is what to rank by."""
+text, and in sampled text whose noise is foreseen. There a drafter's first guess is right more often than its
+probability says, and its second one less often. Between 1 and 1.5 a tree of 8 accepts most, in greedy text 1.5% more
+than without (measured on held-out texts). Where the noise is not known, the drafter's own distribution ranks best."""
+
+
+Noise = Callable[[int], torch.Tensor]
+"""Returns what sampling will add to the target's logits, times the temperature, given a depth from 0; by draft id,
+[batch, head_size] fp32 (`core.noise`)."""
 
 
 class BeamShape(NamedTuple):
@@ -45,7 +51,7 @@ def search(
     num_candidates: int | None = None,
     floor: float = float("-inf"),
     sharpness: float = 1.0,
-    noise: torch.Tensor | None = None,  # [batch, length, head_size]
+    noise: Noise | None = None,
 ) -> Candidates:
     """Return the best continuations of `init_ids` by cumulative log-probability.
 
@@ -57,8 +63,8 @@ def search(
         num_candidates: candidates kept per depth; more than the width enlarges the choice of leaves at no extra cost.
         floor: cumulative log-probability that a beam must exceed for the search to go on; it ends when none does.
         sharpness: what the drafter's logits are multiplied by; 1 leaves its distribution as it is.
-        noise: what sampling will add to the target's logits, times the temperature, by depth and draft id (`core.noise`):
-            added to the drafter's before they are multiplied.
+        noise: what is added to the drafter's logits before they are multiplied; None where nothing is sampled, or the
+            noise is not known.
 
     Raises:
         ValueError: the shape holds a number below 1.
@@ -76,8 +82,8 @@ def search(
     depths: list[Candidates] = []
     for depth in range(shape.length):
         state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
-        depth_noise = None if noise is None else noise[:, depth, None]
-        log_probs = drafter.log_probs(state, sharpness, depth_noise)  # [batch, beams, head]
+        added = None if noise is None else noise(depth)[:, None]
+        log_probs = drafter.log_probs(state, sharpness, added)  # [batch, beams, head]
         head_size = log_probs.shape[-1]
         totals = (log_probs + scores[..., None]).flatten(1)
         best = totals.topk(min(kept, totals.shape[1]), dim=-1)

@@ -239,7 +239,8 @@ def _draft(
     shape = shape._replace(length=length)
     noise = None
     if isinstance(sample, NoisySampler):
-        noise = sample.foresee(length, drafter.drafted_ids(hidden.device))[None]
+        foreseen = sample.foresee(length, drafter.drafted_ids(hidden.device))
+        noise = foreseen[:, None].__getitem__
     candidates = beam_search.search(
         drafter, context.embed, hidden, root, shape, num_candidates, sharpness=sharpness, noise=noise
     )

@@ -1,10 +1,11 @@
 """The noise that sampling adds, known before the target has been asked.
 
-A token is drawn at temperature T as the argmax of `logits / T + g`, where g is Gumbel noise, one number per token of the
-vocabulary. Here g is a function of a seed and the token, and the seeds come from the request's generator, one per
+A token is drawn at temperature T as the argmax of `logits / T + g`, where g is Gumbel noise, one number per token of
+the vocabulary. Here g is a function of a seed and the token, and the seeds come from the request's generator, one per
 emitted token. So the noise of the next tokens is settled before the target runs, and a copy of the generator tells it:
 a drafter that adds `T g` to its own logits ranks first what the target will draw wherever the two agree well enough.
-The text stays what it is, because the target's logits and the noise alone decide it.
+The text stays what it is, because the target's logits and the noise alone decide it. (A test of probability ratios,
+which other speculation accepts by, would be biased by shared noise; there is none here.)
 
 That two parties draw the same token most often when they share their noise: Daliri, Musco and Suresh, "Coupling without
 Communication and Drafter-Invariant Speculative Decoding", arXiv 2408.07978. The function of seed and token is that of

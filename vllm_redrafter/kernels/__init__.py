@@ -26,6 +26,7 @@ class Backend(NamedTuple):
     commit_kv: Callable[[LayerCaches, TreeBatch, _Tensor], None]
     target_tokens: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
     verify_walk: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], Walk]
+    sampling_noise: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def backend() -> Backend:
     """Return the kernels of this process: Triton's on a GPU or where it interprets them, else the twins in torch."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if find_spec("triton") is not None and (interpreted or torch.cuda.is_available()):
-        from vllm_redrafter.kernels import commit_kv, tree_attention, verify_walk
+        from vllm_redrafter.kernels import commit_kv, sampling_noise, tree_attention, verify_walk
 
         return Backend(
             "triton",
@@ -41,9 +42,15 @@ def backend() -> Backend:
             commit_kv.commit_kv,
             verify_walk.target_tokens,
             verify_walk.verify_walk,
+            sampling_noise.sampling_noise,
         )
     from vllm_redrafter.kernels import reference
 
     return Backend(
-        "reference", reference.tree_attention, reference.commit_kv, reference.target_tokens, reference.verify_walk
+        "reference",
+        reference.tree_attention,
+        reference.commit_kv,
+        reference.target_tokens,
+        reference.verify_walk,
+        reference.sampling_noise,
     )

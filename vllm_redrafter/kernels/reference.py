@@ -82,8 +82,20 @@ def target_tokens(
 ) -> torch.Tensor:
     """Return the token that the target chooses after every row, [num_rows] int64."""
     greedy = (requests < 0) | (temperatures[requests] == 0)
-    noise = _gumbel(seeds[requests], positions, logits.shape[1])
+    noise = _gumbel(seeds[requests], positions, torch.arange(logits.shape[1], device=logits.device))
     return (logits.float() + noise.masked_fill(greedy[:, None], 0)).argmax(dim=1)
+
+
+def sampling_noise(
+    positions: torch.Tensor,  # [num_rows]: of the tokens after which is drawn
+    temperatures: torch.Tensor,  # [num_rows]
+    seeds: torch.Tensor,  # [num_rows]
+    token_ids: torch.Tensor,  # [num_tokens]
+) -> torch.Tensor:
+    """Return what is added to logits that were not divided by the temperature, [num_rows, num_tokens] fp32."""
+    # not 0 times the noise: that is NaN where it is infinite
+    noise = _gumbel(seeds, positions, token_ids).masked_fill(temperatures[:, None] == 0, 0)
+    return temperatures[:, None] * noise
 
 
 def verify_walk(
@@ -109,12 +121,11 @@ def verify_walk(
 def _gumbel(
     seeds: torch.Tensor,  # [num_rows] int64
     positions: torch.Tensor,  # [num_rows] int64
-    vocab_size: int,
+    token_ids: torch.Tensor,  # [num_tokens] int64
 ) -> torch.Tensor:
-    """Return the noise of every row's tokens, [num_rows, vocab_size]."""
+    """Return the noise of every row's tokens, [num_rows, num_tokens]."""
     state = torch.zeros_like(seeds)[:, None]
-    tokens = torch.arange(vocab_size, device=seeds.device)
-    for word in (seeds[:, None], seeds[:, None] >> 32, positions[:, None], tokens):
+    for word in (seeds[:, None], seeds[:, None] >> 32, positions[:, None], token_ids):
         mixed = _times(word, 0xCC9E2D51)
         mixed = _times(mixed << 15 | mixed >> 17, 0x1B873593)
         state = state ^ mixed

@@ -1,10 +1,9 @@
 """The target's tokens at every node, and the walk down the tree that they make.
 
 At temperature 0 a node's token is the most probable one, else the one with the highest logit after Gumbel noise is
-added, which makes it a sample (Gumbel-max). The noise is a function of a request's seed, a position and a token, by the
-same arithmetic as in vLLM's model runner V2: with u the hash (MurmurHash3, 32 bits) of seed, position and token, moved
-by one half and divided by 2^32, it is -ln(-ln(1 - u)). A node draws with the position that its token has in the text,
-so it draws what decoding without a drafter would draw there, and siblings share their noise as they share the position.
+added, which makes it a sample (Gumbel-max); the noise is that of `sampling_noise`. A node draws with the position that
+its token has in the text, so it draws what decoding without a drafter would draw there, and siblings share their noise
+as they share the position.
 
 As every node's token is known beforehand, the walk needs no arithmetic: step to the child that carries the token.
 """
@@ -17,6 +16,7 @@ import triton.language as tl
 
 from vllm_redrafter.core.acceptance import Walk
 from vllm_redrafter.kernels.launch import Launch
+from vllm_redrafter.kernels.sampling_noise import gumbel
 
 _BLOCK = 2048
 
@@ -137,7 +137,7 @@ def _draw_kernel(
     temperature = tl.load(temperatures + request, mask=request >= 0, other=0.0)
     if temperature != 0.0:
         seed = tl.load(seeds + request, mask=request >= 0, other=0)
-        values = values + _gumbel(seed, tl.load(positions + row), token)
+        values = values + gumbel(seed, tl.load(positions + row), token)
     peak, index = tl.max(values, axis=0, return_indices=True)
     tl.store(peaks + row * num_blocks + block, peak)
     tl.store(tokens + row * num_blocks + block, (block * BLOCK + index).to(tl.int64))
@@ -181,35 +181,3 @@ def _walk_kernel(
     tl.store(out_token_ids + request * MAX_ROWS + row, walked_tokens, mask=in_row)
     tl.store(out_nodes + request * MAX_ROWS + row, walked_nodes, mask=in_row)
     tl.store(out_num_accepted + request, num_tokens.to(tl.int64) - 1)
-
-
-@triton.jit
-def _gumbel(seed, position, token):
-    """Return the noise of tokens [BLOCK] at one position of a request."""
-    state = _mixed(tl.full([], 0, dtype=tl.uint32), seed.to(tl.uint32))
-    state = _mixed(state, (seed >> 32).to(tl.uint32))
-    # four words went in, and the low one of a position is all that counts
-    state = _mixed(_mixed(state, position.to(tl.uint32)), token.to(tl.uint32))
-    state = state ^ 16
-    state = (state ^ (state >> 16)) * 0x85EBCA6B
-    state = (state ^ (state >> 13)) * 0xC2B2AE35
-    state = state ^ (state >> 16)
-    # in halves, so that neither is rounded before the sum is
-    high = (state >> 16).to(tl.int32).to(tl.float32)
-    low = (state & 0xFFFF).to(tl.int32).to(tl.float32)
-    u = high * 1.52587890625e-05 + (low + 0.5) * 2.3283064365386963e-10
-    # ln(1 - u) by its series where u is small: that is the noise that wins
-    series = 0.125
-    for power in tl.static_range(7, 0, -1):
-        series = 1.0 / power + u * series
-    log = tl.where(u < 0.25, -u * series, tl.log(tl.maximum(1.0 - u, 5.960464477539063e-08)))
-    return -tl.log(-log)
-
-
-@triton.jit
-def _mixed(state, word):
-    """Return MurmurHash3's state after one more word."""
-    word = word * 0xCC9E2D51
-    word = ((word << 15) | (word >> 17)) * 0x1B873593
-    state = state ^ word
-    return ((state << 13) | (state >> 19)) * 5 + 0xE6546B64

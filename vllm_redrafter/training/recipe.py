@@ -151,7 +151,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, *, evaluates: bool) ->
     assert recipe.epochs is not None
     assert recipe.batch_size is not None
     assert recipe.learning_rate is not None
-    interval = 1 / recipe.num_evaluations
+    # below 1 it is a share of the steps; 1 itself would be every step
+    interval = min(1 / recipe.num_evaluations, 1 - 1e-9)
     strategy = "steps" if evaluates else "no"
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -175,7 +176,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, *, evaluates: bool) ->
         load_best_model_at_end=evaluates,
         metric_for_best_model="acceptance_length" if evaluates else None,
         greater_is_better=True if evaluates else None,
-        logging_steps=min(1.0, interval / 5),
+        logging_steps=interval / 5,
         report_to=list(recipe.report_to),
         seed=recipe.seed,
         # a batch is made of tensors that the rollout takes as they are

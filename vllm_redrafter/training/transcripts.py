@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vllm_redrafter.core.noise import NoisySampler, draw_seeds
+from vllm_redrafter.core.noise import draw_seeds, gumbel
 from vllm_redrafter.training.target import FrozenTarget
 
 _PROMPTS_AT_ONCE = 64
@@ -89,14 +89,16 @@ def _continue(
 
 
 class _Noise(LogitsProcessor):
-    """Makes the best token one that is drawn, as a `NoisySampler` with the seed of each prompt draws it."""
+    """Makes the best token the one that a `NoisySampler` with the prompt's seed draws."""
 
     def __init__(self, temperature: float, prompts: Sequence[Transcript]) -> None:
-        self._samplers = [NoisySampler(temperature, prompt.seed) for prompt in prompts if prompt.seed is not None]
+        self._temperature = temperature
+        self._generators = [torch.Generator().manual_seed(each.seed) for each in prompts if each.seed is not None]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = [sampler(row[None]) for sampler, row in zip(self._samplers, scores, strict=True)]
-        return torch.full_like(scores, float("-inf")).scatter(1, torch.stack(drawn), 0.0)
+        seeds = torch.cat([draw_seeds(generator, 1) for generator in self._generators]).to(scores.device)
+        noise = gumbel(seeds, torch.arange(scores.shape[1], device=scores.device))
+        return scores.float() / self._temperature + noise
 
 
 def _until_stop(answer: torch.Tensor, stop_token_ids: Sequence[int]) -> torch.Tensor:

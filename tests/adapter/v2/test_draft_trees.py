@@ -36,7 +36,9 @@ def drafted(
     is_linear = torch.tensor([row in linear for row in range(BATCH)])
     trees = draft(drafter, EMBED, hidden, init_ids, is_linear, shape, num_nodes)
     num_candidates = num_nodes if shape.width > 1 else 1
-    candidates = beam_search.search(drafter, EMBED, hidden, init_ids, shape, num_candidates)
+    candidates = beam_search.search(
+        drafter, EMBED, hidden, init_ids, shape, num_candidates, sharpness=beam_search.SHARPNESS
+    )
     expected = token_tree.best_nodes(init_ids, candidates, num_nodes)
     found = DraftTrees(*(column[:, : expected.parents.shape[1]] for column in trees))
     for row in range(BATCH):

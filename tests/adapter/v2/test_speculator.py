@@ -10,14 +10,17 @@ from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 
 from vllm_redrafter.adapter.config import ReDrafterOptions
+from vllm_redrafter.adapter.v2 import draft_trees
 from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
 from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.kernels import reference
 
 HIDDEN, VOCAB, MAX_REQUESTS, NUM_NODES = 16, 24, 4, 6
+SEEDS = torch.tensor([7, 1 << 40, -5, 123456789])
 
 
 class Graphs:
@@ -53,13 +56,18 @@ def speculator_with(graphs: Graphs) -> TreeSpeculator:
     speculator.embed = nn.Embedding(VOCAB, HIDDEN).requires_grad_(False)
     speculator.options = ReDrafterOptions("unused", NUM_NODES, 3, 3, "fixed")
     speculator.trees = TreeBuffers(MAX_REQUESTS, NUM_NODES, torch.device("cpu"))
-    speculator.step = Step()
+    speculator.step = Step(positions=torch.arange(100, 100 + 2 * MAX_REQUESTS))
     speculator.is_linear = SimpleNamespace(gpu=torch.tensor([0, 1, 0, 0], dtype=torch.int32))
+    speculator.is_foreseen = SimpleNamespace(gpu=torch.tensor([1, 1, 1, 0], dtype=torch.int32))
     speculator.drafts_chains_only = False
+    speculator.drafted_ids = torch.arange(VOCAB)
     speculator.cudagraph_manager = graphs
     speculator._hidden = torch.zeros(MAX_REQUESTS, HIDDEN)
     speculator._init_ids = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
     speculator._as_chain = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
+    speculator._positions = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
+    speculator._temperatures = torch.zeros(MAX_REQUESTS)
+    speculator._seeds = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
     speculator._drafted = DraftTrees(*(torch.zeros_like(speculator.trees.parents) for _ in DraftTrees._fields))
     return speculator
 
@@ -77,8 +85,11 @@ def propose(speculator: TreeSpeculator, slots: list[int], nodes: torch.Tensor | 
     hidden = torch.randn(num_rows, HIDDEN, generator=generator)
     last_sampled = torch.randint(VOCAB, (MAX_REQUESTS, 1), generator=generator)
     num_sampled = torch.tensor(more.pop("num_sampled", [1] * len(slots)), dtype=torch.int32)
+    temperature = torch.tensor(more.pop("temperatures", [0.0, 1.0, 0.5, 1.0]))
     speculator.step.nodes = nodes
-    return speculator.propose(batch, None, None, hidden, None, num_sampled, None, last_sampled, **more).clone()
+    return speculator.propose(
+        batch, None, None, hidden, None, num_sampled, None, last_sampled, None, temperature, SEEDS, **more
+    ).clone()
 
 
 def test_a_replayed_graph_drafts_what_eager_code_drafts() -> None:
@@ -157,3 +168,31 @@ def test_a_target_with_a_model_state_of_its_own_is_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="Hybrid brings its own model state, which knows nothing of trees"):
         speculator_with(Graphs()).load_draft_model(Hybrid(), set())
+
+
+def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() -> None:
+    speculator = speculator_with(Graphs())
+    read: list[torch.Tensor] = []
+
+    def watched(drafter: Any, embed: Any, hidden: torch.Tensor, init_ids: torch.Tensor, *how: Any) -> DraftTrees:
+        read[:] = hidden.clone(), init_ids.clone()
+        return draft_trees.draft(drafter, embed, hidden, init_ids, *how)
+
+    # request 2 accepted the node in its second row, so its root stands one further
+    slots, nodes, num_sampled = [1, 2, 3, 0], torch.tensor([[0, -1], [0, 1], [0, -1], [0, -1]]), [1, 2, 1, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_redrafter.adapter.v2.speculator.draft", watched)
+        drafts = propose(speculator, slots, nodes, num_sampled=num_sampled)
+    blind = propose(speculator, slots, nodes, num_sampled=num_sampled, temperatures=[0.0] * 4)
+
+    roots, temperatures = torch.tensor([101, 104, 105, 107]), torch.tensor([1.0, 0.5, 0.0, 0.0])
+
+    def noise(depth: int) -> torch.Tensor:
+        return reference.sampling_noise(roots + depth, temperatures, SEEDS[slots], torch.arange(VOCAB))
+
+    is_linear = torch.tensor([True, False, False, False])
+    shape = speculator.options.shape
+    expected = draft_trees.draft(speculator.model, speculator.embed, *read, is_linear, shape, NUM_NODES, noise)
+    assert torch.equal(drafts, expected.token_ids[:, 1:])
+    same = [torch.equal(*rows) for rows in zip(drafts, blind, strict=True)]
+    assert same == [False, False, True, True], "the last two are not foreseen, and greedy"

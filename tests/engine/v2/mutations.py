@@ -56,6 +56,18 @@ def attend_to_every_earlier_node() -> Iterator[None]:
 
 
 @contextmanager
+def draft_without_foresight() -> Iterator[None]:
+    """Do not tell drafts what sampling will add."""
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, num_requests, depth: torch.zeros(num_requests, len(self.drafted_ids))
+
+    with replaced(TreeSpeculator, "_noise", wrap):
+        yield
+
+
+@contextmanager
 def draft_trees_for_everybody() -> Iterator[None]:
     """Draft trees where an option counts the tokens before a row."""
     from vllm_redrafter.adapter.v2 import model_state

@@ -71,3 +71,14 @@ def test_a_step_neither_waits_for_the_device_nor_moves_what_it_reads(
 
     assert_same_answers(guarded, engines.run(v2_pair.plain(), workload))
     assert guarded.stats["num_accepted_tokens"] > 0
+
+
+def test_without_foresight_fewer_drafts_are_accepted_and_no_text_changes(engines: EnginePool, v2_pair: V2Pair) -> None:
+    workload = WORKLOADS["seeded"](engines, v2_pair)
+
+    blind = engines.run(v2_pair.drafted(), replace(workload, mutation="v2.draft_without_foresight"))
+
+    seeing = engines.run(v2_pair.drafted(), workload)
+    assert_same_answers(blind, seeing)
+    accepted = [run.stats["num_emitted_tokens"] / run.stats["num_steps"] - 1 for run in (blind, seeing)]
+    assert accepted[1] > 1.15 * accepted[0] > 0

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2 import attention, lora
+from vllm_redrafter.adapter.v2.foresight import Foresight
 from vllm_redrafter.adapter.v2.linear_requests import has_unknown_processors, is_linear
 from vllm_redrafter.adapter.v2.sampler import TreeSampler
 from vllm_redrafter.kernels.batch import TreeBatch
@@ -45,6 +46,7 @@ class TreeModelState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.trees, self.step = self.speculator.trees, self.speculator.step
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
+        self.step.positions = self.positions
         self.ancestors = torch.zeros_like(self.trees.ancestors)  # of the batch, in its order
         self.layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, Attention)
         self.caches: list[list[LayerCaches]] = []
@@ -54,6 +56,7 @@ class TreeModelState(DefaultModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Return vLLM's sampler for batches without drafts, and the one that walks trees."""
         self.speculator.drafts_chains_only = has_unknown_processors(sampler)
+        self.speculator.foresight = Foresight.of(sampler)
         return sampler, TreeSampler(sampler, self.trees, self.step, self.positions)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -61,11 +64,13 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.trees.clear(req_index)
         self.speculator.is_linear.np[req_index] = is_linear(new_req_data.sampling_params)
+        self.speculator.is_foreseen.np[req_index] = self.speculator.foresight.covers(new_req_data.sampling_params)
 
     def apply_staged_writes(self) -> None:
         """Hand what `add_request` noted to the device."""
         super().apply_staged_writes()
         self.speculator.is_linear.copy_to_uva()
+        self.speculator.is_foreseen.copy_to_uva()
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """Note where the layers' caches are."""

@@ -6,6 +6,7 @@ CUDA graph per size of batch. The graphs have not been run: there was no GPU.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
+from vllm_redrafter import kernels
 from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.v2.draft_trees import DraftTrees, draft
+from vllm_redrafter.adapter.v2.foresight import Foresight
 from vllm_redrafter.adapter.v2.model_state import TreeModelState
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
@@ -33,6 +36,8 @@ class TreeSpeculator(DraftModelSpeculator):
 
     model: ReDrafter
     embed: Embed
+    drafted_ids: torch.Tensor
+    """The target's id for every row of the drafter's head, [head_size]."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -41,12 +46,17 @@ class TreeSpeculator(DraftModelSpeculator):
         self.trees = TreeBuffers(self.max_num_reqs, num_nodes, device)
         self.step = Step()
         self.is_linear = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
+        self.is_foreseen = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
         self.drafts_chains_only = False
+        self.foresight = Foresight()
         self.cudagraph_manager: CudaGraphManager | None = None
         # what a draft reads and writes, in the order of the batch
         self._hidden = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
         self._init_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._positions = torch.zeros_like(self._init_ids)
+        self._temperatures = torch.zeros(self.max_num_reqs, dtype=torch.float32, device=device)
+        self._seeds = torch.zeros_like(self._init_ids)
         self._drafted = DraftTrees(*(torch.zeros_like(self.trees.parents) for _ in DraftTrees._fields))
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -58,6 +68,7 @@ class TreeSpeculator(DraftModelSpeculator):
             )
         loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
         self.embed = loaded.embed
+        self.drafted_ids = loaded.drafter.drafted_ids(self.device)
         millions = loaded.num_parameters / 1e6
         logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
         # vLLM asks the target for it; this instance only, other engines have nothing to do with us
@@ -89,6 +100,9 @@ class TreeSpeculator(DraftModelSpeculator):
         num_sampled: torch.Tensor,  # [num_reqs]
         num_rejected: torch.Tensor,  # [num_reqs]
         last_sampled: torch.Tensor,  # [max_num_reqs, 1]
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,  # [max_num_reqs] fp32
+        seeds: torch.Tensor,  # [max_num_reqs] int64
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
@@ -101,6 +115,7 @@ class TreeSpeculator(DraftModelSpeculator):
             rows = rows + self.step.nodes.gather(1, last[:, None])[:, 0]
         torch.index_select(last_hidden_states, 0, rows, out=self._hidden[:num_requests])
         torch.index_select(last_sampled[:, 0], 0, slots, out=self._init_ids[:num_requests])
+        self._look_ahead(num_requests, slots, rows, temperature, seeds)
         torch.index_select(self.is_linear.gpu, 0, slots, out=self._as_chain[:num_requests])
         if self.drafts_chains_only:
             self._as_chain.fill_(1)
@@ -116,6 +131,29 @@ class TreeSpeculator(DraftModelSpeculator):
             self.trees.store(slots, drafted, num_sampled > 0)
         return drafted.token_ids[:, 1:]
 
+    def _look_ahead(
+        self,
+        num_requests: int,
+        slots: torch.Tensor,  # [num_requests]
+        rows: torch.Tensor,  # [num_requests]: those before the next roots
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+    ) -> None:
+        """Note what the noise of the next step depends on."""
+        assert self.step.positions is not None
+        torch.add(self.step.positions[rows], 1, out=self._positions[:num_requests])
+        torch.index_select(seeds, 0, slots, out=self._seeds[:num_requests])
+        torch.mul(temperature[slots], self.is_foreseen.gpu[slots], out=self._temperatures[:num_requests])
+
+    def _noise(self, num_requests: int, depth: int) -> torch.Tensor:
+        """Return what sampling will add to the logits after the nodes of a depth, [num_requests, head_size]."""
+        return kernels.backend().sampling_noise(
+            self._positions[:num_requests] + depth,
+            self._temperatures[:num_requests],
+            self._seeds[:num_requests],
+            self.drafted_ids,
+        )
+
     def _draft(self, num_requests: int) -> None:
         """Fill the first rows of `_drafted`."""
         trees = draft(
@@ -126,6 +164,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self._as_chain[:num_requests].bool(),
             self.options.shape,
             self.options.num_speculative_tokens,
+            partial(self._noise, num_requests),
         )
         for column, values in zip(self._drafted, trees, strict=True):
             column[:num_requests].copy_(values)

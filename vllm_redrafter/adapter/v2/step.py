@@ -19,3 +19,5 @@ class Step:
     """Whether no request of the batch is without drafts."""
     nodes: torch.Tensor | None = None  # [num_reqs, 1 + N]: the walks' nodes, then -1
     """None until the sampler has walked, and where there was nothing to walk."""
+    positions: torch.Tensor | None = None  # [max_num_tokens] int64, the depth counted and not the slot
+    """Of every row of the batch; the model state owns it."""
