@@ -1,4 +1,4 @@
-"""The noise that drafts are told of is the one that vLLM's sampler then draws with."""
+"""What drafts are told of the next draws is what vLLM's sampler then draws."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_redrafter.adapter import foresight
 
 VOCAB = 300
 ALL = torch.arange(VOCAB)
+PLAIN = SamplingParams(temperature=1.0)
 
 
 def draws(sampler: Sampler, generators: dict[int, torch.Generator], num_requests: int, depths: int) -> torch.Tensor:
@@ -26,29 +28,56 @@ def test_the_next_draws_of_every_request_are_known(seeded: tuple[int, ...]) -> N
     generators = {place: torch.Generator().manual_seed(place) for place in seeded}
     for _ in range(2):
         before = torch.get_rng_state()
-        noise = foresight.noise(generators, 3, dict.fromkeys(range(3), 1.0), 4, ALL)
-        assert noise is not None
+        foresee = foresight.of(generators, 3, dict.fromkeys(range(3), PLAIN), 4, ALL)
+        assert foresee is not None
         assert torch.equal(torch.get_rng_state(), before)
 
         drawn = draws(Sampler(), generators, 3, 4)
 
-        assert torch.equal(torch.stack([noise(depth).argmax(dim=-1) for depth in range(4)], dim=1), drawn)
+        flat = torch.zeros(3, 2, VOCAB)
+        for depth in range(4):
+            assert torch.equal(foresee(depth, flat).argmax(dim=-1), drawn[:, depth, None].expand(-1, 2))
         assert len(set(drawn.flatten().tolist())) > 8
 
 
-def test_it_is_told_for_some_of_the_batch_and_of_the_vocabulary() -> None:
+def test_it_is_known_for_some_of_the_batch_and_of_the_vocabulary() -> None:
     generators = {place: torch.Generator().manual_seed(place) for place in range(4)}
-    whole = foresight.noise(generators, 4, dict.fromkeys(range(4), 1.0), 3, ALL)
+    whole = foresight.of(generators, 4, dict.fromkeys(range(4), PLAIN), 3, ALL)
     assert whole is not None
+    greedy, cool, hot = (SamplingParams(temperature=temperature) for temperature in (0.0, 0.5, 2.0))
+    logits = torch.randn(3, 2, 13, generator=torch.Generator().manual_seed(1))
 
-    part = foresight.noise(generators, 4, {3: 0.5, 1: 2.0, 0: 0.0}, 3, ALL[7:20])
+    part = foresight.of(generators, 4, {3: cool, 1: hot, 0: greedy}, 3, ALL[7:20])
 
     assert part is not None
     for depth in range(3):
-        torch.testing.assert_close(part(depth)[0], 0.5 * whole(depth)[3, 7:20])
-        torch.testing.assert_close(part(depth)[1], 2.0 * whole(depth)[1, 7:20])
-        assert not part(depth)[2].any(), "a greedy request"
-    assert foresight.noise(generators, 4, {0: 0.0, 2: 0.0}, 3, ALL) is None
+        noise = whole(depth, torch.zeros(4, 1, VOCAB))[..., 7:20]
+        torch.testing.assert_close(part(depth, logits)[0], logits[0] + 0.5 * noise[3])
+        torch.testing.assert_close(part(depth, logits)[1], logits[1] + 2.0 * noise[1])
+        assert torch.equal(part(depth, logits)[2], logits[2]), "a greedy request"
+    assert foresight.of(generators, 4, {0: greedy, 2: greedy}, 3, ALL) is None
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 6}, {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.2}])
+def test_a_drafter_that_knows_its_target_foresees_what_truncated_requests_draw(options: dict[str, float]) -> None:
+    parameters = SamplingParams(temperature=0.8, seed=3, **options)
+    generators = {0: torch.Generator().manual_seed(3)}
+    logits = 2 * torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(4))
+    foresee = foresight.of(generators, 1, {0: parameters}, 12, ALL)
+    assert foresee is not None
+    foreseen = [int(foresee(depth, logits[None]).argmax()) for depth in range(12)]
+
+    drawn = []
+    for _ in range(12):
+        cooled = logits / parameters.temperature
+        probs = cooled.softmax(dim=-1)
+        cooled = cooled.masked_fill(probs < parameters.min_p * probs.max(), -float("inf"))
+        top_k = torch.tensor([parameters.top_k]) if parameters.top_k > 0 else None
+        top_p = torch.tensor([parameters.top_p]) if parameters.top_p < 1 else None
+        drawn.append(int(Sampler().topk_topp_sampler(cooled, generators, top_k, top_p)[0]))
+
+    assert foreseen == drawn
+    assert len(set(drawn)) > (1 if parameters.top_k != 1 else 0)
 
 
 def test_a_sampler_with_other_noise_is_found_out() -> None:

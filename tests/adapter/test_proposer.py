@@ -157,14 +157,17 @@ def test_a_wide_search_offers_as_many_leaves_as_may_be_verified_and_ends_at_the_
     assert proposer.search(hidden, init_ids, 0.0).token_ids.shape[1] == 9, "no deeper than one level"
 
 
-def test_what_sampling_will_add_is_added_to_the_drafters_logits() -> None:
+def test_drafts_are_ranked_by_what_is_known_of_the_draws() -> None:
     proposer = loaded(width=3, length=4, num_nodes=9)
     hidden, init_ids = inputs()
     numbers = torch.randn(
         4, len(init_ids), proposer.drafter.config.head_size, generator=torch.Generator().manual_seed(2)
     )
 
-    found = proposer.search(hidden, init_ids, NO_FLOOR, numbers.__getitem__)
+    def foresight(depth: int, logits: torch.Tensor) -> torch.Tensor:
+        return logits + numbers[depth][:, None]
+
+    found = proposer.search(hidden, init_ids, NO_FLOOR, foresight)
 
     expected = beam_search.search(
         proposer.drafter,
@@ -174,7 +177,7 @@ def test_what_sampling_will_add_is_added_to_the_drafters_logits() -> None:
         BeamShape(3, 4),
         num_candidates=9,
         sharpness=SHARPNESS,
-        noise=numbers.__getitem__,
+        foresight=foresight,
     )
     assert all(torch.equal(*columns) for columns in zip(found, expected, strict=True))
     assert not torch.equal(found.token_ids, proposer.search(hidden, init_ids, NO_FLOOR).token_ids)

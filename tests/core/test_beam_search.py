@@ -170,7 +170,7 @@ def test_sharpness_scales_the_head() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"draft_vocab_size": 9}, {"top_k": 4}])
 @pytest.mark.parametrize("num_candidates", [None, 12])
-def test_noise_is_added_by_depth_and_draft_id_before_logits_are_sharpened(
+def test_foresight_changes_logits_by_depth_and_draft_id_before_they_are_sharpened(
     fields: dict[str, object], num_candidates: int | None
 ) -> None:
     setting = make_setting(seed=6, **fields)
@@ -178,7 +178,9 @@ def test_noise_is_added_by_depth_and_draft_id_before_logits_are_sharpened(
     shape = BeamShape(3, 3)
     noise = 2 * torch.randn(len(init_ids), 3, drafter.config.head_size, generator=torch.Generator().manual_seed(7))
 
-    found = search(*setting, shape, num_candidates, sharpness=1.5, noise=lambda depth: noise[:, depth])
+    found = search(
+        *setting, shape, num_candidates, sharpness=1.5, foresight=lambda depth, logits: logits + noise[:, depth, None]
+    )
 
     assert not torch.equal(found.token_ids, search(*setting, shape, num_candidates, sharpness=1.5).token_ids)
     for row, init_id in enumerate(init_ids.tolist()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from vllm_redrafter.core.noise import NoisySampler, draw_seeds, foresee_seeds, gumbel
+from vllm_redrafter.core.noise import NoisySampler, Truncation, draw_seeds, foresee_seeds, gumbel
 
 WORD = (1 << 64) - 1
 
@@ -87,3 +88,43 @@ def test_seeds_are_foreseen_of_any_generator() -> None:
         foreseen = foresee_seeds(generator, 5)
         drawn = [int(draw_seeds(None if generator is torch.default_generator else generator, 1)) for _ in range(5)]
         assert foreseen.tolist() == drawn
+
+
+def truncation(**options: float) -> Truncation:
+    return Truncation.of([SimpleNamespace(**{"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **options})])
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_k": 5}, {"top_p": 0.2}, {"top_p": 0.8}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.6}]
+)
+@pytest.mark.parametrize("num_tokens", [3, 40, 600])
+def test_what_is_left_out_competes_without_noise(options: dict[str, float], num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = 2 * torch.randn(1, 3, num_tokens, generator=generator)
+    noise = 0.7 * gumbel(torch.tensor([[4]]), torch.arange(num_tokens))
+
+    lifted = truncation(**options).lift(logits, noise)
+
+    for beam, changed in zip(logits[0], lifted[0], strict=True):
+        order = beam.argsort(descending=True).tolist()
+        probs = (beam / 0.7).softmax(dim=0)
+        kept, mass = set(), 0.0
+        for rank, token in enumerate(order):
+            if rank >= options.get("top_k", num_tokens) or mass >= options.get("top_p", 1.0):
+                break
+            if probs[token] < options.get("min_p", 0.0) * probs[order[0]]:
+                break
+            kept.add(token)
+            mass += float(probs[token])
+        inside, outside = sorted(kept), sorted(set(order) - kept)
+        assert torch.equal(changed[outside], beam[outside])
+        noisy = (beam + noise[0, 0])[inside]
+        torch.testing.assert_close(changed[inside], noisy - noisy.max() + beam.max())
+
+
+def test_nothing_left_out_is_noise_alone_and_one_token_left_is_greedy() -> None:
+    logits = torch.randn(1, 2, 20, generator=torch.Generator().manual_seed(1))
+    noise = gumbel(torch.tensor([[4]]), torch.arange(20))
+
+    assert torch.equal(truncation().lift(logits, noise), logits + noise)
+    torch.testing.assert_close(truncation(top_k=1).lift(logits, noise), logits)

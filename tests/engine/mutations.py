@@ -98,7 +98,7 @@ def draft_without_foresight() -> Iterator[None]:
     """Do not tell drafts what sampling will add."""
     from vllm_redrafter.adapter.runner import TreeModelRunner
 
-    with replaced(TreeModelRunner, "_foresee_noise", lambda original: lambda self, *arguments: None):
+    with replaced(TreeModelRunner, "_foresee", lambda original: lambda self, *arguments: None):
         yield
 
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.sampling_params import SamplingType
 
-from vllm_redrafter.core.beam_search import Noise
-from vllm_redrafter.core.noise import foresee_seeds, gumbel
+from vllm_redrafter.core.beam_search import Foresight
+from vllm_redrafter.core.noise import Truncation, foresee_seeds, gumbel
 
 _TRIED_DRAWS = 8
 _TRIED_TOKENS = 256
@@ -33,26 +34,26 @@ def is_possible(sampler: Any) -> bool:
     return torch.equal(torch.cat(drawn), expected)
 
 
-def noise(
+def of(
     generators: Mapping[int, torch.Generator],
     num_requests: int,
-    temperatures: Mapping[int, float],
+    parameters: Mapping[int, Any],
     num_tokens: int,
     token_ids: torch.Tensor,  # [tokens]
-) -> Noise | None:
-    """Return what is added to the logits of some requests' next tokens, or None where all of them are greedy.
+) -> Foresight | None:
+    """Return what is known of some requests' next draws, or None where all of them are greedy.
 
     Args:
         generators: of the batch's requests that have one, by place.
         num_requests: of the batch.
-        temperatures: by place in the batch, of those that it is wanted for; 0 for a greedy one.
+        parameters: how those requests sample, by place in the batch.
         num_tokens: to look ahead.
-        token_ids: those that it is wanted for.
+        token_ids: those that the drafter's head knows.
     """
-    rows = [row for row, temperature in enumerate(temperatures.values()) if temperature > 0]
+    rows = [row for row, each in enumerate(parameters.values()) if each.sampling_type != SamplingType.GREEDY]
     if not rows:
         return None
-    places = list(temperatures)
+    places, requests = list(parameters), list(parameters.values())
     shared = foresee_seeds(torch.default_generator, num_tokens * num_requests).view(num_tokens, num_requests)
     own = (generators.get(places[row]) for row in rows)
     seeds = torch.stack(
@@ -61,12 +62,13 @@ def noise(
             for row, generator in zip(rows, own, strict=True)
         ]
     )
-    scales = torch.tensor([temperatures[places[row]] for row in rows])[:, None]
+    truncation = Truncation.of([requests[row] for row in rows])
+    temperatures = truncation.temperatures[:, None]
 
-    def at(depth: int) -> torch.Tensor:
-        drawn = gumbel(seeds[:, depth], token_ids).mul_(scales)
-        if len(rows) == len(places):
-            return drawn
-        return torch.zeros(len(places), len(token_ids)).index_copy_(0, torch.tensor(rows), drawn)
+    def foresee(depth: int, logits: torch.Tensor) -> torch.Tensor:
+        sampled = logits if len(rows) == len(logits) else logits[rows]
+        noise = gumbel(seeds[:, depth], token_ids).mul_(temperatures)
+        drawn = truncation.lift(sampled, noise[:, None])
+        return drawn if sampled is logits else logits.index_copy(0, torch.tensor(rows), drawn)
 
-    return at
+    return foresee

@@ -17,7 +17,7 @@ from vllm_redrafter.adapter import int8, loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.tree_batch import DraftTree, best_tree, path_segments
 from vllm_redrafter.core import beam_search
-from vllm_redrafter.core.beam_search import SHARPNESS, Candidates, Noise
+from vllm_redrafter.core.beam_search import SHARPNESS, Candidates, Foresight
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
@@ -79,12 +79,12 @@ class ReDrafterProposer:
         hidden: torch.Tensor,  # [batch, input_size]
         init_ids: torch.Tensor,  # [batch]
         floor: float,
-        noise: Noise | None = None,
+        foresight: Foresight | None = None,
     ) -> Candidates:
         """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`.
 
         Args:
-            noise: what sampling will add to the logits of the next tokens; None where nothing is sampled.
+            foresight: of what sampling will draw; None where nothing is sampled.
         """
         return beam_search.search(
             self.drafter,
@@ -95,7 +95,7 @@ class ReDrafterProposer:
             num_candidates=self.options.num_speculative_tokens if self.options.beam_width > 1 else 1,
             floor=floor,
             sharpness=SHARPNESS,
-            noise=noise,
+            foresight=foresight,
         )
 
     def trees(self, candidates: Candidates, budgets: Sequence[int], linear: Sequence[bool]) -> list[DraftTree]:

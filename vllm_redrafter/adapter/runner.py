@@ -37,7 +37,7 @@ from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
-from vllm_redrafter.core.beam_search import Candidates, Noise
+from vllm_redrafter.core.beam_search import Candidates, Foresight
 
 Number = TypeVar("Number", int, float)
 
@@ -253,8 +253,7 @@ class TreeModelRunner(CPUModelRunner):
         rows = torch.tensor([self._last_rows[index] for index in active])
         handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
         greedy = [is_greedy(each) for each in parameters]
-        noise = self._foresee_noise(active, parameters)
-        candidates = self.drafter.search(handed_over, init_ids, floor, noise)
+        candidates = self.drafter.search(handed_over, init_ids, floor, self._foresee(active, parameters))
         budgets = self._agreed_budgets(candidates, greedy)
         linear = [each.structured_outputs is not None for each in parameters]
         trees = self.drafter.trees(candidates, budgets, linear)
@@ -266,19 +265,18 @@ class TreeModelRunner(CPUModelRunner):
         self.stats.draft_seconds += self._draft_seconds
         return drafts
 
-    def _foresee_noise(self, active: Sequence[int], parameters: Sequence[Any]) -> Noise | None:
-        """Return what the sampler will add to the logits of the next tokens, or None where that is nothing or unknown.
+    def _foresee(self, active: Sequence[int], parameters: Sequence[Any]) -> Foresight | None:
+        """Return what is known of the sampler's next draws, or None where that is nothing.
 
         Args:
             active: the requests drafted for, by their places in the batch.
         """
         if not self._has_foresight:
             return None
-        temperatures = [0.0 if is_greedy(each) else each.temperature for each in parameters]
-        return foresight.noise(
+        return foresight.of(
             self.input_batch.generators,
             self.input_batch.num_reqs,
-            dict(zip(active, temperatures, strict=True)),
+            dict(zip(active, parameters, strict=True)),
             self.drafter.options.draft_length,
             self.drafter.drafted_ids,
         )

@@ -1,9 +1,10 @@
 """Lossless acceptance: walk down the tree with tokens that the target itself draws.
 
-A beam-searched tree is a deterministic function of the context, so no ratio test is needed. At every node a token is
-drawn from the target's own distribution there; while it is the token of a child the walk steps down, and the first
-token that is not ends it. The tokens drawn are an autoregressive sample by construction, whatever the tree; the chance
-to step down is the sum of the children's probabilities, which no rule can beat for a given tree.
+At every node a token is drawn from the target's own distribution there; while it is the token of a child the walk steps
+down, and the first token that is not ends it. The tokens drawn are an autoregressive sample by construction, whatever
+the tree, so no ratio test between drafter and target is needed. For a tree that is a function of the context alone the
+chance to step down is the sum of the children's probabilities, which no rule can beat. A tree may know more than that:
+the very noise that the token is drawn with (`core.noise`).
 """
 
 from __future__ import annotations

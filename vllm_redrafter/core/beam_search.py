@@ -7,6 +7,7 @@ from those, so a continuation that lost its place among the beams can still be v
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,9 @@ probability says, and its second one less often. Between 1 and 1.5 a tree of 8 a
 than without (measured on held-out texts). Where the noise is not known, the drafter's own distribution ranks best."""
 
 
-Noise = Callable[[int], torch.Tensor]
-"""Returns what sampling will add to the target's logits, times the temperature, given a depth from 0; by draft id,
-[batch, head_size] fp32 (`core.noise`)."""
+Foresight = Callable[[int, torch.Tensor], torch.Tensor]
+"""Given a depth from 0 and the drafter's logits there, [batch, beams, head_size] fp32, returns logits that rank first
+what sampling will draw (`core.noise`)."""
 
 
 class BeamShape(NamedTuple):
@@ -51,7 +52,7 @@ def search(
     num_candidates: int | None = None,
     floor: float = float("-inf"),
     sharpness: float = 1.0,
-    noise: Noise | None = None,
+    foresight: Foresight | None = None,
 ) -> Candidates:
     """Return the best continuations of `init_ids` by cumulative log-probability.
 
@@ -63,8 +64,8 @@ def search(
         num_candidates: candidates kept per depth; more than the width enlarges the choice of leaves at no extra cost.
         floor: cumulative log-probability that a beam must exceed for the search to go on; it ends when none does.
         sharpness: what the drafter's logits are multiplied by; 1 leaves its distribution as it is.
-        noise: what is added to the drafter's logits before they are multiplied; None where nothing is sampled, or the
-            noise is not known.
+        foresight: what is made of the drafter's logits before they are multiplied; None where nothing is sampled, or
+            nothing is known of it.
 
     Raises:
         ValueError: the shape holds a number below 1.
@@ -82,8 +83,8 @@ def search(
     depths: list[Candidates] = []
     for depth in range(shape.length):
         state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
-        added = None if noise is None else noise(depth)[:, None]
-        log_probs = drafter.log_probs(state, sharpness, added)  # [batch, beams, head]
+        change = None if foresight is None else partial(foresight, depth)
+        log_probs = drafter.log_probs(state, sharpness, change)  # [batch, beams, head]
         head_size = log_probs.shape[-1]
         totals = (log_probs + scores[..., None]).flatten(1)
         best = totals.topk(min(kept, totals.shape[1]), dim=-1)

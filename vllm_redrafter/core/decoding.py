@@ -237,12 +237,12 @@ def _draft(
     num_candidates = num_nodes if shape.width > 1 else 1
     hidden = hidden.to(next(drafter.parameters()).dtype)
     shape = shape._replace(length=length)
-    noise = None
+    foresight = None
     if isinstance(sample, NoisySampler):
-        foreseen = sample.foresee(length, drafter.drafted_ids(hidden.device))
-        noise = foreseen[:, None].__getitem__
+        noise = sample.foresee(length, drafter.drafted_ids(hidden.device))
+        foresight = lambda depth, logits: logits + noise[depth]  # noqa: E731
     candidates = beam_search.search(
-        drafter, context.embed, hidden, root, shape, num_candidates, sharpness=sharpness, noise=noise
+        drafter, context.embed, hidden, root, shape, num_candidates, sharpness=sharpness, foresight=foresight
     )
     tree = token_tree.best_nodes(root, candidates, num_nodes)
     size = 1 + int(tree.num_nodes)

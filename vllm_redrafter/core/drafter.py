@@ -193,21 +193,21 @@ class ReDrafter(nn.Module):
         return functional.linear(x, self._tied_head.to(x.dtype))
 
     def log_probs(
-        self, state: DraftState, scale: float = 1.0, noise: torch.Tensor | None = None
+        self, state: DraftState, scale: float = 1.0, change: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Return log Q of the next token in fp32, [..., head_size]; -inf outside the `top_k` best, ties kept.
 
         Args:
             scale: what logits are multiplied by.
-            noise: what is added to them before that; it must broadcast to them.
+            change: what is made of them before that.
         """
         logits = self.logits(state).float()
         top_k = self.config.top_k
         if top_k is not None and top_k < logits.shape[-1]:
             threshold = logits.topk(top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
-        if noise is not None:
-            logits = logits + noise
+        if change is not None:
+            logits = change(logits)
         if scale != 1:
             logits = logits * scale
         return logits.log_softmax(dim=-1)

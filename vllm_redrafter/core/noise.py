@@ -15,6 +15,9 @@ same here and there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -22,6 +25,8 @@ _FACTORS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 <
 _LAST_SHIFT = 31
 _RANDOM_BITS = 53
 _NUM_SEEDS = 1 << 31
+_MOST_RANKED = 256
+"""Best tokens that are ranked to find the last one that is kept: to sort a whole vocabulary costs more than a draft."""
 
 
 def draw_seeds(generator: torch.Generator | None, num_tokens: int) -> torch.Tensor:
@@ -44,6 +49,60 @@ def gumbel(seeds: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     bits = _mixed(_mixed(seeds)[..., None] + (token_ids + 1) * _GAMMA)
     uniform = (_shifted(bits, 64 - _RANDOM_BITS).double().add_(0.5)).mul_(0.5**_RANDOM_BITS)
     return uniform.log_().neg_().log_().neg_().float()
+
+
+class Truncation(NamedTuple):
+    """How requests sample: their temperatures, and which tokens they leave out before a token is drawn."""
+
+    temperatures: torch.Tensor  # [requests]
+    top_k: torch.Tensor  # [requests] int64: tokens kept, 0 for all
+    top_p: torch.Tensor  # [requests]: probability kept, 1 for all
+    min_p: torch.Tensor  # [requests]: probability over the best one's below which tokens are left out, 0 for none
+    is_active: bool
+    """Whether any request leaves tokens out."""
+
+    @classmethod
+    def of(cls, parameters: Sequence[Any]) -> Truncation:
+        """Return what sampling parameters with vLLM's names and meanings ask for."""
+        is_active = any(each.top_k > 0 or each.top_p < 1 or each.min_p > 0 for each in parameters)
+        return cls(
+            torch.tensor([each.temperature for each in parameters]),
+            torch.tensor([max(0, each.top_k) for each in parameters]),
+            torch.tensor([each.top_p for each in parameters]),
+            torch.tensor([each.min_p for each in parameters]),
+            is_active,
+        )
+
+    def lift(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Return logits that rank first what will be drawn, [requests, beams, tokens].
+
+        What the drafter would keep competes with noise, and is lifted or lowered until its best stands where the best
+        logit stood; the rest competes with its logits alone. So a truncation that leaves one token is drafted as
+        greedy text is, and one that leaves all tokens by their noise.
+
+        Args:
+            logits: [requests, beams, tokens] fp32: the drafter's.
+            noise: [requests, 1, tokens]: times the temperature.
+        """
+        noisy = logits + noise
+        if not self.is_active:
+            return noisy
+        kept = self._kept(logits)
+        best = noisy.masked_fill(~kept, float("-inf")).amax(dim=-1, keepdim=True)
+        return torch.where(kept, noisy - best + logits.amax(dim=-1, keepdim=True), logits)
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return which tokens the drafter would keep, [requests, beams, tokens] bool."""
+        temperatures, top_k, top_p, min_p = (column[:, None, None] for column in self[:4])
+        best = logits.topk(min(logits.shape[-1], _MOST_RANKED), dim=-1).values
+        ranks = torch.arange(best.shape[-1], device=best.device)
+        probs = (best / temperatures - (logits / temperatures).logsumexp(dim=-1, keepdim=True)).exp()
+        is_kept = (probs.cumsum(dim=-1) - probs < top_p) & (probs >= min_p * probs[..., :1])
+        is_kept &= (top_k == 0) | (ranks < top_k)
+        num_kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
+        last = best.gather(-1, num_kept - 1)
+        # where all that were ranked are kept, those behind them may be
+        return logits >= last.masked_fill(num_kept == best.shape[-1], float("-inf"))
 
 
 class NoisySampler:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Noise, search
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Foresight, search
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 from vllm_redrafter.core.noise import draw_seeds, gumbel
 
@@ -67,9 +67,9 @@ def accepted_ranks(
     beyond = functional.pad(text, (0, shape.length), value=-1)
     seeds = _seeds_by_position(writing, shape.length) if temperature else None
 
-    def noise_from(seeds: torch.Tensor) -> Noise:  # [positions + length - 1]
-        rows = temperature * gumbel(seeds, drafter.drafted_ids(seeds.device))
-        return lambda depth: rows[depth : depth + len(rows) - shape.length + 1]
+    def foresight_from(seeds: torch.Tensor) -> Foresight:  # [positions + length - 1]
+        noise = temperature * gumbel(seeds, drafter.drafted_ids(seeds.device))
+        return lambda depth, logits: logits + noise[depth : depth + len(logits), None]
 
     rows = []
     num_rows = len(text) - 2
@@ -86,7 +86,7 @@ def accepted_ranks(
             shape,
             num_candidates,
             sharpness=1.0 if seeds is None and temperature else SHARPNESS,
-            noise=None if seeds is None else noise_from(seeds[start + 2 : stop + 1 + shape.length]),
+            foresight=None if seeds is None else foresight_from(seeds[start + 2 : stop + 1 + shape.length]),
         )
         order = candidates.log_probs.argsort(dim=1, descending=True, stable=True)
         places = torch.arange(order.shape[1], device=order.device)

@@ -187,12 +187,14 @@ def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() ->
 
     roots, temperatures = torch.tensor([101, 104, 105, 107]), torch.tensor([1.0, 0.5, 0.0, 0.0])
 
-    def noise(depth: int) -> torch.Tensor:
-        return reference.sampling_noise(roots + depth, temperatures, SEEDS[slots], torch.arange(VOCAB))
+    def foresight(depth: int, logits: torch.Tensor) -> torch.Tensor:
+        return (
+            logits + reference.sampling_noise(roots + depth, temperatures, SEEDS[slots], torch.arange(VOCAB))[:, None]
+        )
 
     is_linear = torch.tensor([True, False, False, False])
     shape = speculator.options.shape
-    expected = draft_trees.draft(speculator.model, speculator.embed, *read, is_linear, shape, NUM_NODES, noise)
+    expected = draft_trees.draft(speculator.model, speculator.embed, *read, is_linear, shape, NUM_NODES, foresight)
     assert torch.equal(drafts, expected.token_ids[:, 1:])
     same = [torch.equal(*rows) for rows in zip(drafts, blind, strict=True)]
     assert same == [False, False, True, True], "the last two are not foreseen, and greedy"

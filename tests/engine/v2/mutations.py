@@ -60,10 +60,7 @@ def draft_without_foresight() -> Iterator[None]:
     """Do not tell drafts what sampling will add."""
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, num_requests, depth: torch.zeros(num_requests, len(self.drafted_ids))
-
-    with replaced(TreeSpeculator, "_noise", wrap):
+    with replaced(TreeSpeculator, "_foresee", lambda original: lambda self, depth, logits: logits):
         yield
 
 

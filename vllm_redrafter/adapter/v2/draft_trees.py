@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from vllm_redrafter.core import beam_search, token_tree
-from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Noise
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Foresight
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 
@@ -34,16 +34,16 @@ def draft(
     is_linear: torch.Tensor,  # [batch] bool: requests that get the best path alone
     shape: BeamShape,
     num_nodes: int,
-    noise: Noise | None = None,
+    foresight: Foresight | None = None,
 ) -> DraftTrees:
     """Return the trees of the `num_nodes` most probable continuations, without waiting for the device.
 
     Args:
-        noise: what sampling will add to the target's logits.
+        foresight: of what sampling will draw.
     """
     num_candidates = num_nodes if shape.width > 1 else 1
     candidates = beam_search.search(
-        drafter, embed, hidden, init_ids, shape, num_candidates, sharpness=SHARPNESS, noise=noise
+        drafter, embed, hidden, init_ids, shape, num_candidates, sharpness=SHARPNESS, foresight=foresight
     )
     tree = token_tree.best_nodes(init_ids, candidates, num_nodes)
     # the first path of a depth-first layout is the best one

@@ -1,29 +1,20 @@
-"""Whose noise a draft may know under model runner V2: that which vLLM keys by seed, position and token.
+"""Whose draws a draft may know under model runner V2: those that the noise of `kernels.sampling_noise` decides alone.
 
-A request without a seed is given one by vLLM, so it is foreseen as well. Two samplers draw otherwise: Gumbel noise in
-fp64, and FlashInfer's, which may serve requests with top-k or top-p and without a seed. Their requests are drafted
-without noise; a wrong guess costs acceptance, never output.
+Without a seed a request is given one by vLLM, so it is foreseen as well. Noise in fp64 is another. A request that
+leaves tokens out (top-k, top-p, min-p) is drafted without noise: to find what a drafter would leave out, every depth
+would have to rank its vocabulary, and FlashInfer, which may serve such requests, draws otherwise.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class Foresight(NamedTuple):
-    """What an engine's sampler lets a draft know."""
+def has_keyed_noise(sampler: Any) -> bool:
+    """Return whether vLLM's sampler draws with the noise that we know of."""
+    return not sampler.use_fp64_gumbel
 
-    is_keyed: bool = False
-    """Whether noise is keyed at all as `kernels.sampling_noise` computes it."""
-    may_fuse: bool = False
-    """Whether another sampler may serve what has top-k or top-p."""
 
-    @classmethod
-    def of(cls, sampler: Any) -> Foresight:
-        """Return what vLLM's sampler lets know."""
-        return cls(not sampler.use_fp64_gumbel, sampler.use_flashinfer or sampler.use_xpu_sampler)
-
-    def covers(self, parameters: Any) -> bool:
-        """Return whether a request's noise is known."""
-        is_truncated = parameters.top_k > 0 or parameters.top_p < 1
-        return self.is_keyed and not (self.may_fuse and is_truncated and parameters.seed is None)
+def is_plain(parameters: Any) -> bool:
+    """Return whether a request draws from all tokens."""
+    return bool(parameters.top_k <= 0 and parameters.top_p >= 1 and parameters.min_p <= 0)

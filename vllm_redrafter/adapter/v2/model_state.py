@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2 import attention, lora
-from vllm_redrafter.adapter.v2.foresight import Foresight
+from vllm_redrafter.adapter.v2.foresight import has_keyed_noise, is_plain
 from vllm_redrafter.adapter.v2.linear_requests import has_unknown_processors, is_linear
 from vllm_redrafter.adapter.v2.sampler import TreeSampler
 from vllm_redrafter.kernels.batch import TreeBatch
@@ -56,7 +56,7 @@ class TreeModelState(DefaultModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Return vLLM's sampler for batches without drafts, and the one that walks trees."""
         self.speculator.drafts_chains_only = has_unknown_processors(sampler)
-        self.speculator.foresight = Foresight.of(sampler)
+        self.speculator.has_foresight = has_keyed_noise(sampler)
         return sampler, TreeSampler(sampler, self.trees, self.step, self.positions)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -64,7 +64,8 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.trees.clear(req_index)
         self.speculator.is_linear.np[req_index] = is_linear(new_req_data.sampling_params)
-        self.speculator.is_foreseen.np[req_index] = self.speculator.foresight.covers(new_req_data.sampling_params)
+        is_foreseen = self.speculator.has_foresight and is_plain(new_req_data.sampling_params)
+        self.speculator.is_foreseen.np[req_index] = is_foreseen
 
     def apply_staged_writes(self) -> None:
         """Hand what `add_request` noted to the device."""

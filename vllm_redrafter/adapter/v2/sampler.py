@@ -44,7 +44,7 @@ class TreeSampler:
         """Return the tokens that the target emits for every request, [num_reqs, 1 + N] and -1 behind the last.
 
         Args:
-            draft_logits: not needed: a tree is a deterministic function of the text before it.
+            draft_logits: not needed: the target alone decides, whatever was drafted.
             invalid_drafts: rows of drafts that a grammar could not look at, and that are not to be accepted.
         """
         num_nans = get_num_nans(logits) if self.sampler.compute_nans else None

@@ -6,7 +6,6 @@ CUDA graph per size of batch. The graphs have not been run: there was no GPU.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from vllm_redrafter import kernels
 from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.v2.draft_trees import DraftTrees, draft
-from vllm_redrafter.adapter.v2.foresight import Foresight
 from vllm_redrafter.adapter.v2.model_state import TreeModelState
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
@@ -48,7 +46,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self.is_linear = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
         self.is_foreseen = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
         self.drafts_chains_only = False
-        self.foresight = Foresight()
+        self.has_foresight = False
         self.cudagraph_manager: CudaGraphManager | None = None
         # what a draft reads and writes, in the order of the batch
         self._hidden = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
@@ -145,14 +143,13 @@ class TreeSpeculator(DraftModelSpeculator):
         torch.index_select(seeds, 0, slots, out=self._seeds[:num_requests])
         torch.mul(temperature[slots], self.is_foreseen.gpu[slots], out=self._temperatures[:num_requests])
 
-    def _noise(self, num_requests: int, depth: int) -> torch.Tensor:
-        """Return what sampling will add to the logits after the nodes of a depth, [num_requests, head_size]."""
-        return kernels.backend().sampling_noise(
-            self._positions[:num_requests] + depth,
-            self._temperatures[:num_requests],
-            self._seeds[:num_requests],
-            self.drafted_ids,
+    def _foresee(self, depth: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return the drafter's logits, [num_requests, beams, head_size], with the noise of the draws at a depth."""
+        requests = slice(len(logits))
+        noise = kernels.backend().sampling_noise(
+            self._positions[requests] + depth, self._temperatures[requests], self._seeds[requests], self.drafted_ids
         )
+        return logits + noise[:, None]
 
     def _draft(self, num_requests: int) -> None:
         """Fill the first rows of `_drafted`."""
@@ -164,7 +161,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self._as_chain[:num_requests].bool(),
             self.options.shape,
             self.options.num_speculative_tokens,
-            partial(self._noise, num_requests),
+            self._foresee,
         )
         for column, values in zip(self._drafted, trees, strict=True):
             column[:num_requests].copy_(values)
