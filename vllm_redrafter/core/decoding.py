@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vllm_redrafter.core import acceptance, beam_search, layers, token_tree
-from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Foresight
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 from vllm_redrafter.core.noise import NoisySampler
 from vllm_redrafter.core.token_tree import TokenTree
@@ -237,16 +237,21 @@ def _draft(
     num_candidates = num_nodes if shape.width > 1 else 1
     hidden = hidden.to(next(drafter.parameters()).dtype)
     shape = shape._replace(length=length)
-    foresight = None
-    if isinstance(sample, NoisySampler):
-        noise = sample.foresee(length, drafter.drafted_ids(hidden.device))
-        foresight = lambda depth, logits: logits + noise[depth]  # noqa: E731
+    foresight = _foresight(sample, length, drafter, hidden.device)
     candidates = beam_search.search(
         drafter, context.embed, hidden, root, shape, num_candidates, sharpness=sharpness, foresight=foresight
     )
     tree = token_tree.best_nodes(root, candidates, num_nodes)
     size = 1 + int(tree.num_nodes)
     return tree._replace(**{name: column[:, :size] for name, column in tree._asdict().items() if column.ndim == 2})
+
+
+def _foresight(sample: Sample, length: int, drafter: ReDrafter, device: torch.device) -> Foresight | None:
+    """Return what is known of the next draws."""
+    if not isinstance(sample, NoisySampler):
+        return None
+    noise = sample.foresee(length, drafter.drafted_ids(device))
+    return lambda depth, logits: logits + noise[depth]
 
 
 def _accept(tree: TokenTree, logits: torch.Tensor, sample: Sample) -> acceptance.Walk:

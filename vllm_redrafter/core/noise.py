@@ -51,6 +51,11 @@ def gumbel(seeds: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return uniform.log_().neg_().log_().neg_().float()
 
 
+def leaves_tokens_out(parameters: Any) -> bool:
+    """Return whether a request with such parameters, of vLLM's names and meanings, draws from some tokens only."""
+    return bool(parameters.top_k > 0 or parameters.top_p < 1 or parameters.min_p > 0)
+
+
 class Truncation(NamedTuple):
     """How requests sample: their temperatures, and which tokens they leave out before a token is drawn."""
 
@@ -64,13 +69,12 @@ class Truncation(NamedTuple):
     @classmethod
     def of(cls, parameters: Sequence[Any]) -> Truncation:
         """Return what sampling parameters with vLLM's names and meanings ask for."""
-        is_active = any(each.top_k > 0 or each.top_p < 1 or each.min_p > 0 for each in parameters)
         return cls(
             torch.tensor([each.temperature for each in parameters]),
             torch.tensor([max(0, each.top_k) for each in parameters]),
             torch.tensor([each.top_p for each in parameters]),
             torch.tensor([each.min_p for each in parameters]),
-            is_active,
+            any(leaves_tokens_out(each) for each in parameters),
         )
 
     def lift(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,3 @@ from typing import Any
 def has_keyed_noise(sampler: Any) -> bool:
     """Return whether vLLM's sampler draws with the noise that we know of."""
     return not sampler.use_fp64_gumbel
-
-
-def is_plain(parameters: Any) -> bool:
-    """Return whether a request draws from all tokens."""
-    return bool(parameters.top_k <= 0 and parameters.top_p >= 1 and parameters.min_p <= 0)

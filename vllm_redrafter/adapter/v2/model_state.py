@@ -21,9 +21,10 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2 import attention, lora
-from vllm_redrafter.adapter.v2.foresight import has_keyed_noise, is_plain
+from vllm_redrafter.adapter.v2.foresight import has_keyed_noise
 from vllm_redrafter.adapter.v2.linear_requests import has_unknown_processors, is_linear
 from vllm_redrafter.adapter.v2.sampler import TreeSampler
+from vllm_redrafter.core.noise import leaves_tokens_out
 from vllm_redrafter.kernels.batch import TreeBatch
 from vllm_redrafter.kernels.caches import LayerCaches
 
@@ -64,7 +65,7 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.trees.clear(req_index)
         self.speculator.is_linear.np[req_index] = is_linear(new_req_data.sampling_params)
-        is_foreseen = self.speculator.has_foresight and is_plain(new_req_data.sampling_params)
+        is_foreseen = self.speculator.has_foresight and not leaves_tokens_out(new_req_data.sampling_params)
         self.speculator.is_foreseen.np[req_index] = is_foreseen
 
     def apply_staged_writes(self) -> None:
