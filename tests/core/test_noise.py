@@ -128,3 +128,9 @@ def test_nothing_left_out_is_noise_alone_and_one_token_left_is_greedy() -> None:
 
     assert torch.equal(truncation().lift(logits, noise), logits + noise)
     torch.testing.assert_close(truncation(top_k=1).lift(logits, noise), logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_sampler_without_a_temperature_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        NoisySampler(temperature, seed=1)

@@ -115,9 +115,14 @@ class NoisySampler:
     Args:
         temperature: above 0.
         seed: of the generator.
+
+    Raises:
+        ValueError: the temperature is not above 0.
     """
 
     def __init__(self, temperature: float, seed: int) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, but it must be above 0: greedy decoding needs no sampler")
         self.temperature = temperature
         self._generator = torch.Generator().manual_seed(seed)
 
