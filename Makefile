@@ -5,6 +5,10 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 CHECK := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(CHECK)' 2>/dev/null && echo $$python && break; done)
 PYTEST_ARGS ?=
+# Test processes of one thread each: what takes long is engines that start and kernels that are interpreted, and neither
+# uses a second core. A file's tests stay together, because they share engines.
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=agg $(1)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 VENV := .venv
 MLX_VENV := .venv-mlx
@@ -21,13 +25,13 @@ demo: $(VENV)/.ready  ## the same text with and without the drafter, and how muc
 	@$(VENV)/bin/vllm-redrafter demo
 
 test: $(VENV)/.ready-dev  ## the test suite; PYTEST_ARGS="-k tree" narrows it
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(call PYTEST,$(VENV)) $(PYTEST_ARGS)
 
 test-mlx: $(MLX_VENV)/.ready  ## the tests of mlx_port, in an environment with MLX
-	@MPLBACKEND=agg $(MLX_VENV)/bin/python -m pytest tests/mlx_port $(PYTEST_ARGS)
+	@$(call PYTEST,$(MLX_VENV)) tests/mlx_port $(PYTEST_ARGS)
 
 test-mlx-oldest: $(MLX_OLDEST_VENV)/.ready  ## the same with the oldest MLX that mlx_port works with
-	@MPLBACKEND=agg $(MLX_OLDEST_VENV)/bin/python -m pytest tests/mlx_port $(PYTEST_ARGS)
+	@$(call PYTEST,$(MLX_OLDEST_VENV)) tests/mlx_port $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev  ## ruff, mypy and the direction of imports
 	@$(VENV)/bin/python -m ruff check

@@ -58,6 +58,19 @@ def test_it_is_known_for_some_of_the_batch_and_of_the_vocabulary() -> None:
     assert foresight.of(generators, 4, {0: greedy, 2: greedy}, 3, ALL) is None
 
 
+@pytest.mark.parametrize("vocab_size", [50_000, 200_000], ids=["two depths at once", "one depth at once"])
+def test_a_large_vocabulary_is_told_the_same_in_several_goes(vocab_size: int) -> None:
+    generators = {0: torch.Generator().manual_seed(0)}
+    large = foresight.of(generators, 1, {0: PLAIN}, 5, torch.arange(vocab_size))
+    small = foresight.of(generators, 1, {0: PLAIN}, 5, ALL)
+    assert large is not None
+    assert small is not None
+
+    for depth in range(5):
+        found = large(depth, torch.zeros(1, 1, vocab_size))[..., :VOCAB]
+        assert torch.equal(found, small(depth, torch.zeros(1, 1, VOCAB)))
+
+
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 6}, {"top_p": 0.3}, {"top_p": 0.9}, {"min_p": 0.2}])
 def test_a_drafter_that_knows_its_target_foresees_what_truncated_requests_draw(options: dict[str, float]) -> None:
     parameters = SamplingParams(temperature=0.8, seed=3, **options)

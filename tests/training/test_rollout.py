@@ -42,13 +42,14 @@ def by_definition(
 ) -> torch.Tensor:
     """Return the loss with loops over documents, positions and offsets, and autograd over all of it."""
     ids = drafter.target_ids()
-    losses: list[list[torch.Tensor]] = [[] for _ in range(objective.num_offsets)]
+    sums = [torch.zeros(())] * objective.num_offsets
+    num_targets = [0] * objective.num_offsets
     for document in documents:
         output = target.model(document.token_ids[None])
         hidden = target.hidden(document.token_ids, drafter.config.fused_layers)
         probs = output.logits[0].softmax(dim=-1)
         for start in range(len(document.token_ids) - 2):
-            state = drafter.start(hidden[start])
+            state, reached = drafter.start(hidden[start]), 1.0
             for offset in range(objective.num_offsets):
                 place = start + 2 + offset
                 if place >= len(document.token_ids):
@@ -56,30 +57,42 @@ def by_definition(
                 state = drafter.advance(state, target.embed(document.token_ids[place - 1]))
                 token = int(document.token_ids[place])
                 label = token if ids is None else next((i for i, known in enumerate(ids) if known == token), -1)
+                before = reached
+                reached *= float(drafter.logits(state).detach().softmax(dim=-1)[label]) if label >= 0 else 0.0
                 if not document.is_target[place] or (objective.loss == "ce" and label < 0):
+                    continue
+                num_targets[offset] += 1
+                if objective.reach > 0 and before <= objective.reach:
                     continue
                 wanted = probs[place - 1 : place] if ids is None else probs[place - 1 : place, ids]
                 expected = Expected(wanted, torch.special.entr(wanted).sum(dim=-1), torch.tensor([label]))
-                losses[offset].append(TOKEN_LOSSES[objective.loss](drafter.logits(state)[None], expected)[0])
-    means = [torch.stack(values).mean() for values in losses]
+                sums[offset] = sums[offset] + TOKEN_LOSSES[objective.loss](drafter.logits(state)[None], expected)[0]
+    means = [total / number for total, number in zip(sums, num_targets, strict=True)]
     return sum((weight * mean for weight, mean in zip(objective.weights, means, strict=True)), torch.zeros(()))
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("loss", TOKEN_LOSSES)
-def test_loss_and_gradients_of_packed_documents_are_those_of_the_definition(name: str, loss: str) -> None:
+@pytest.mark.parametrize(("loss", "reach"), [("ce", 0), ("kl", 0), ("lk", 0), ("kl", 1e-8), ("ce", 1e-8)])
+def test_loss_and_gradients_of_packed_documents_are_those_of_the_definition(
+    name: str, loss: str, reach: float
+) -> None:
     documents, target, drafter = make_documents(9, 14, 4, 20, 3), make_target(), make_drafter(**DRAFTERS[name])
     if drafter.config.tie_lm_head:
         drafter.tie_head(target.head_weight)
-    objective = Objective(loss=loss, num_offsets=3, decay=0.7, chunk_size=8)
+    objective = Objective(loss=loss, num_offsets=3, decay=0.7, reach=reach, chunk_size=8)
 
-    report = step(Rollout(drafter, target, objective), batch_of(documents))
+    rollout, batch = Rollout(drafter, target, objective), batch_of(documents)
+
+    report = step(rollout, batch)
     report.loss.backward()
     gradients = {name: parameter.grad for name, parameter in drafter.named_parameters()}
     drafter.zero_grad(set_to_none=True)
     reference = by_definition(drafter, target, documents, objective)
     reference.backward()
 
+    first, second, _ = (report.num_reached / rollout.num_targets(batch)).tolist()
+    assert first == 1
+    assert 0 < second < 1 if reach > 0 else second == 1
     # float32 sums in two orders
     torch.testing.assert_close(report.loss, reference, rtol=1e-4, atol=1e-5)
     for parameter_name, parameter in drafter.named_parameters():
@@ -172,7 +185,7 @@ def test_a_batch_without_targets_gives_zero_and_no_nan() -> None:
 
 def test_accuracy_counts_targets_among_the_best_tokens() -> None:
     documents, target, drafter = make_documents(15, 11), make_target(), make_drafter(draft_vocab_size=VOCAB // 2)
-    objective = Objective(num_offsets=2)
+    objective = Objective(num_offsets=2, reach=0)
 
     report = step(Rollout(drafter, target, objective), batch_of(documents))
 
@@ -195,7 +208,7 @@ def test_accuracy_counts_targets_among_the_best_tokens() -> None:
 
 def test_with_only_own_tokens_the_state_reads_the_drafters_best_tokens() -> None:
     document, target, drafter = make_documents(8)[0], make_target(), make_drafter()
-    objective = Objective(num_offsets=3, own_tokens=1.0)
+    objective = Objective(num_offsets=3, own_tokens=1.0, reach=0)
 
     report = step(Rollout(drafter, target, objective), batch_of([document]))
 
@@ -311,6 +324,7 @@ def test_the_loss_of_apples_own_example_is_theirs() -> None:
         ({"chunk_size": 0}, "chunk_size is 0, but it must be at least 1"),
         ({"decay": 0.0}, "decay is 0.0, but it must be above 0"),
         ({"own_tokens": 1.5}, "own_tokens is 1.5, but it is a probability: it must lie in 0..1"),
+        ({"reach": -0.1}, "reach is -0.1, but it is a probability: it must lie in 0..1"),
     ],
 )
 def test_an_objective_that_makes_no_sense_is_refused(fields: dict[str, object], reason: str) -> None:

@@ -48,7 +48,7 @@ def make_trainer(
     held_out: HeldOut | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> ReDrafterTrainer:
-    rollout = Rollout(drafter, make_target(), Objective(num_offsets=3, chunk_size=32))
+    rollout = Rollout(drafter, make_target(), Objective(num_offsets=3, reach=0, chunk_size=32))
     return ReDrafterTrainer(rollout, arguments, SEQUENCES, held_out, callbacks)
 
 

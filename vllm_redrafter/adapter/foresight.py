@@ -9,6 +9,7 @@ a wrong guess costs acceptance, never output, because nothing here is what is sa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from vllm_redrafter.core.noise import Truncation, foresee_seeds, gumbel
 
 _TRIED_DRAWS = 8
 _TRIED_TOKENS = 256
+_MOST_NUMBERS = 1 << 17
+"""Up to so many, an operation on them costs little more than on a few: a request's depths are then looked at in one."""
 
 
 def is_possible(sampler: Any) -> bool:
@@ -65,10 +68,16 @@ def of(
     truncation = Truncation.of([requests[row] for row in rows])
     temperatures = truncation.temperatures[:, None]
 
+    num_together = max(1, min(num_tokens, _MOST_NUMBERS // (len(rows) * len(token_ids))))
+
+    @cache
+    def noise_from(depth: int) -> torch.Tensor:  # [rows, depths, tokens]
+        return gumbel(seeds[:, depth : depth + num_together], token_ids).mul_(temperatures[..., None])
+
     def foresee(depth: int, logits: torch.Tensor) -> torch.Tensor:
         sampled = logits if len(rows) == len(logits) else logits[rows]
-        noise = gumbel(seeds[:, depth], token_ids).mul_(temperatures)
-        drawn = truncation.lift(sampled, noise[:, None])
+        place = depth % num_together
+        drawn = truncation.lift(sampled, noise_from(depth - place)[:, place, None])
         return drawn if sampled is logits else logits.index_copy(0, torch.tensor(rows), drawn)
 
     return foresee

@@ -51,8 +51,8 @@ def measure(target: FrozenTarget, recipe: Recipe, *, num_sequences: int, length:
             rollout(batch, num_targets).loss.backward()
             rollout.zero_grad(set_to_none=True)
 
-        rows = objective.num_offsets * objective.chunk_size
-        chunk_bytes = 4 * (rows * drafter.config.head_size + (rows // objective.num_offsets) * target.vocab_size)
+        num_positions = objective.positions_per_chunk(drafter.config.head_size)
+        chunk_bytes = 4 * num_positions * (objective.num_offsets * drafter.config.head_size + target.vocab_size)
         costs.append(_cost(f"step, {loss}", step, device, chunk_bytes))
     return costs
 

@@ -64,6 +64,7 @@ def _add_loss(group: Any) -> None:
     _add(group, "loss", choices=("ce", "kl", "lk"), help="data, target's distribution, accepted mass (default: kl)")
     _add(group, "num-offsets", metavar="N", type=options.positive_int, help="tokens ahead that are learnt (default: 5)")
     _add(group, "decay", metavar="X", type=options.positive_number, help="weight of an offset to the one before (1.0)")
+    _add(group, "reach", metavar="P", type=float, help="text less likely than P is followed no deeper (default: 0.02)")
     _add(group, "own-tokens", metavar="P", type=float, help="share of the drafter's own tokens in the state (0.0)")
 
 

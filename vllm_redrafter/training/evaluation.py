@@ -89,7 +89,7 @@ def acceptance(
 
 def accuracies(drafter: ReDrafter, target: FrozenTarget, documents: Sequence[Document]) -> list[Accuracy]:
     """Return the accuracy of every offset that the drafter was trained for, over all target tokens."""
-    objective = Objective(loss="ce", num_offsets=drafter.config.trained_draft_length)
+    objective = Objective(loss="ce", num_offsets=drafter.config.trained_draft_length, reach=0)
     rollout = Rollout(drafter, target, objective)
     num_correct = torch.zeros(objective.num_offsets, TOP_K)
     num_targets = torch.zeros(objective.num_offsets)

@@ -9,12 +9,17 @@ it predicts the next. Offset i (from 0) has read i + 1 tokens and predicts token
 The target's own distribution of token p, which serves all offsets, is its head's at position p - 1. Source: the
 alignment is that of Apple's trainer; the text is teacher-forced, or in part the drafter's own (`own_tokens`).
 
+A text is followed only as far as serving would: where the drafter gives its tokens so far less than `reach`, they
+would stand in no tree, and what it would have said next is never asked. So the deeper offsets are learnt where they
+count, and most of their products with the head are never computed.
+
 Neither states nor logits are ever there for a whole batch: starting positions go in chunks, and each chunk's graph is
 differentiated and dropped before the next is built.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +37,12 @@ from vllm_redrafter.training.target import FrozenTarget
 TOP_K = 5
 """How many of the drafter's best tokens are looked at where accuracy is told."""
 
+_ROWS_STEP = 128
+"""Rows are followed in multiples of it: libraries keep what they prepared for every size of a product."""
+_NUMBERS_PER_CHUNK = 1 << 22
+"""Logits of one offset that are in memory at the same time, within the chunk sizes below."""
+_CHUNK_SIZES = (256, 1024)
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -45,24 +56,35 @@ class Objective:
     """Weight of an offset relative to that of the one before."""
     own_tokens: float = 0.0
     """How often the state reads the drafter's own best token in the place of the text's."""
-    chunk_size: int = 256
-    """Positions whose logits are in memory at the same time."""
+    reach: float = 0.02
+    """Probability that the drafter must give the text so far for its next token to count; 0 follows every text."""
+    chunk_size: int | None = None
+    """Positions whose logits are in memory at the same time; None for as many as suit the size of the head."""
 
     def __post_init__(self) -> None:
         if self.loss not in TOKEN_LOSSES:
             raise ValueError(f"loss is {self.loss!r}, but it must be one of {', '.join(TOKEN_LOSSES)}")
         for name in ("num_offsets", "chunk_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but it must be at least 1")
         if self.decay <= 0:
             raise ValueError(f"decay is {self.decay}, but it must be above 0")
-        if not 0 <= self.own_tokens <= 1:
-            raise ValueError(f"own_tokens is {self.own_tokens}, but it is a probability: it must lie in 0..1")
+        for name in ("own_tokens", "reach"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it is a probability: it must lie in 0..1")
 
     @property
     def weights(self) -> torch.Tensor:
         """Weight of every offset, [num_offsets]."""
         return self.decay ** torch.arange(self.num_offsets, dtype=torch.float32)
+
+    def positions_per_chunk(self, head_size: int) -> int:
+        """Return `chunk_size`, or what suits a head that scores so many tokens."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        fewest, most = _CHUNK_SIZES
+        return min(max(_NUMBERS_PER_CHUNK // head_size, fewest), most)
 
 
 class StepReport(NamedTuple):
@@ -71,6 +93,7 @@ class StepReport(NamedTuple):
     loss: torch.Tensor  # []
     loss_sums: torch.Tensor  # [num_offsets]: unweighted
     num_correct: torch.Tensor  # [num_offsets, TOP_K]: column k counts the targets among the drafter's k + 1 best tokens
+    num_reached: torch.Tensor  # [num_offsets]: the targets that both sums are over
 
 
 class Rollout(nn.Module):
@@ -86,9 +109,8 @@ class Rollout(nn.Module):
         self.drafter = drafter
         self.objective = objective
         self._target = (target,)
-        self._compare: Callable[..., tuple[torch.Tensor, torch.Tensor]] = partial(
-            _compare, TOKEN_LOSSES[objective.loss]
-        )
+        self._compare: Callable[..., _Comparison] = partial(_compare, TOKEN_LOSSES[objective.loss])
+        self._chunk_size = objective.positions_per_chunk(drafter.config.head_size)
         if objective.loss != "ce":
             target.check_head()
         ids = drafter.target_ids()
@@ -100,7 +122,8 @@ class Rollout(nn.Module):
 
     def compile_losses(self) -> None:
         """Let torch.compile make one loop of what is done to logits: eager, that is a fifth of a step more on a CPU."""
-        self._compare = torch.compile(self._compare)
+        # the number of rows changes from offset to offset
+        self._compare = torch.compile(self._compare, dynamic=True)
 
     def num_targets(self, batch: Batch) -> torch.Tensor:
         """Return how many tokens each offset is trained on, [num_offsets]."""
@@ -121,7 +144,7 @@ class Rollout(nn.Module):
             return self._part(text, start, weights, own_share)
 
         num_positions = batch.token_ids.numel()
-        parts = [partial(part, start) for start in range(0, num_positions, self.objective.chunk_size)]
+        parts = [partial(part, start) for start in range(0, num_positions, self._chunk_size)]
         parameters = [parameter for parameter in self.drafter.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled():
             parameters = []
@@ -129,32 +152,38 @@ class Rollout(nn.Module):
 
     def _part(self, text: _Text, start: int, weights: torch.Tensor, own_share: float) -> StepReport:
         """Return the share of the positions from `start` on in the sums."""
-        num_offsets = self.objective.num_offsets
-        size = min(self.objective.chunk_size, len(text.draft_ids) - num_offsets - 1 - start)
+        objective = self.objective
+        size = min(self._chunk_size, len(text.draft_ids) - objective.num_offsets - 1 - start)
         valid = text.valid_from(start, size)  # [num_offsets, size]
+        compared: list[_Comparison] = []
         # waits for the device: prompts and padding fill whole chunks, which cost nothing this way
         if not bool(valid.any()):
-            none_correct = torch.zeros(num_offsets, TOP_K, dtype=torch.int64, device=valid.device)
-            return StepReport(weights.new_zeros(()), torch.zeros_like(weights), none_correct)
-        logits = self._draft(text, start, size, own_share)
-        expected = self._expected(text, start, size)
-        losses, num_correct = self._compare(logits, expected, valid)
-        return StepReport((losses * weights).sum(), losses.detach(), num_correct)
+            return _report(compared, weights)
 
-    def _draft(self, text: _Text, start: int, size: int, own_share: float) -> torch.Tensor:
-        """Return the drafter's logits from `size` positions on, [num_offsets, size, head_size]."""
+        teacher = self._teacher(text, start, size)
+        rows = torch.arange(size, device=valid.device)
+        is_followed = valid.any(dim=0)
+        log_prob = torch.zeros(size, device=valid.device)
         state = self.drafter.start(text.hidden[start : start + size])
-        recurrent: list[torch.Tensor] = []
-        for offset in range(self.objective.num_offsets):
-            read = text.embeddings[start + 1 + offset : start + 1 + offset + size]
-            if own_share > 0 and recurrent:
+        for offset in range(objective.num_offsets):
+            kept = _rows_of_interest(is_followed)
+            if kept is None:
+                break
+            rows, is_followed, log_prob = rows[kept], is_followed[kept], log_prob[kept]
+            state = DraftState(state.context[kept], state.recurrent[kept])
+            read = text.embeddings[start + 1 + offset + rows]
+            if own_share > 0 and offset > 0:
                 # the global generator: trainers save and restore it, so a resumed run draws the same
-                own = torch.rand(size, device=read.device) < own_share
+                own = torch.rand(len(rows), device=read.device) < own_share
                 read = torch.where(own[:, None], self._own_embeddings(state), read)
             state = self.drafter.advance(state, read)
-            recurrent.append(state.recurrent)
-        # one product with the head for all offsets: their states need nothing of each other's logits
-        return self.drafter.logits(DraftState(state.context, torch.stack(recurrent)))
+            labels = text.draft_ids[start + 2 + offset + rows]
+            counts = valid[offset, rows] & is_followed
+            compared.append(self._compare(self.drafter.logits(state), teacher, rows + offset, labels, counts))
+            if objective.reach > 0:
+                log_prob = log_prob + compared[-1].log_prob
+                is_followed = is_followed & (log_prob > math.log(objective.reach))
+        return _report(compared, weights)
 
     @torch.no_grad()
     def _own_embeddings(self, state: DraftState) -> torch.Tensor:
@@ -162,23 +191,19 @@ class Rollout(nn.Module):
         ids = self.drafter.target_ids()
         return self._target[0].embed(best if ids is None else ids[best]).to(state.recurrent.dtype)
 
-    def _expected(self, text: _Text, start: int, size: int) -> Expected:
-        """Return what is expected where `_draft` drafts, [num_offsets, size, ...]: views that overlap."""
-        num_offsets = self.objective.num_offsets
-        last = start + num_offsets + size - 1
-        labels = _windows(text.draft_ids[start + 2 : last + 2], num_offsets, size)
+    @torch.no_grad()
+    def _teacher(self, text: _Text, start: int, size: int) -> _Teacher | None:
+        """Return what the target says from the token after position `start` + 1 on, or None where it is not asked."""
         if self.objective.loss == "ce":
-            nothing = text.hidden.new_empty(0)
-            return Expected(nothing, nothing, labels)
+            return None
+        last = start + self.objective.num_offsets + size
         # the last hidden state alone, not what left the fused layers
-        last_hidden = text.hidden[start + 1 : last + 1, : self.drafter.config.hidden_size]
-        log_probs = self._target[0].log_probs(last_hidden)  # [places, vocab_size]
+        log_probs = self._target[0].log_probs(text.hidden[start + 1 : last, : self.drafter.config.hidden_size])
         ids = self.drafter.target_ids()
         if ids is not None:
             log_probs = log_probs[:, ids]
         probs = log_probs.exp()
-        entropy = -(probs * log_probs).sum(dim=-1)
-        return Expected(_windows(probs, num_offsets, size), _windows(entropy, num_offsets, size), labels)
+        return _Teacher(probs, -(probs * log_probs).sum(dim=-1))
 
     def _text(self, batch: Batch) -> _Text:
         view = self._target[0].read(batch, self.drafter.config.fused_layers)
@@ -199,32 +224,63 @@ class Rollout(nn.Module):
         return valid
 
 
-def _windows(rows: torch.Tensor, num_windows: int, size: int) -> torch.Tensor:
-    """Return rows [i, i + size) for every i below `num_windows`, [num_windows, size, ...], without copying them."""
-    stride = rows.stride()
-    return rows.as_strided((num_windows, size, *rows.shape[1:]), (stride[0], *stride))
+class _Teacher(NamedTuple):
+    """The target's distributions of successive tokens, in terms of the draft vocabulary."""
+
+    probs: torch.Tensor  # [places, head_size]: normalised over the target's whole vocabulary
+    entropy: torch.Tensor  # [places]
+
+
+class _Comparison(NamedTuple):
+    """What one offset's logits say, held against what was expected."""
+
+    loss: torch.Tensor  # []: the sum over the rows that count
+    num_correct: torch.Tensor  # [TOP_K], of those
+    num_reached: torch.Tensor  # []: their number
+    log_prob: torch.Tensor  # [rows]: of the text's token, -inf where it cannot be drafted
 
 
 def _compare(
     token_loss: TokenLoss,
-    logits: torch.Tensor,  # [num_offsets, size, head_size]
-    expected: Expected,
-    valid: torch.Tensor,  # [num_offsets, size] bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of each offset's losses, [num_offsets], and its `_num_in_top`."""
-    losses = token_loss(logits.float(), expected).masked_fill(~valid, 0).sum(dim=1)
-    return losses, _num_in_top(logits.detach(), expected.labels, valid)
+    logits: torch.Tensor,  # [rows, head_size]
+    teacher: _Teacher | None,
+    places: torch.Tensor,  # [rows], of the teacher
+    labels: torch.Tensor,  # [rows], -1 for what cannot be drafted
+    counts: torch.Tensor,  # [rows] bool
+) -> _Comparison:
+    """Return loss, accuracy and the text's probability."""
+    logits = logits.float()
+    nothing = logits.new_empty(0)
+    probs, entropy = (nothing, nothing) if teacher is None else (teacher.probs[places], teacher.entropy[places])
+    losses = token_loss(logits, Expected(probs, entropy, labels))
+    fixed = logits.detach()
+    own = fixed.gather(-1, labels.clamp(min=0)[:, None])
+    is_unknown = labels < 0
+    rank = (fixed > own).sum(dim=-1).masked_fill(~counts | is_unknown, TOP_K)
+    num_correct = (rank[:, None] < torch.arange(1, TOP_K + 1, device=rank.device)).sum(dim=0)
+    log_prob = (own[:, 0] - fixed.logsumexp(dim=-1)).masked_fill(is_unknown, float("-inf"))
+    return _Comparison(losses.masked_fill(~counts, 0).sum(), num_correct, counts.sum(), log_prob)
 
 
-def _num_in_top(
-    logits: torch.Tensor,  # [num_offsets, size, head_size]
-    labels: torch.Tensor,  # [num_offsets, size], -1 for what cannot be drafted
-    valid: torch.Tensor,  # [num_offsets, size] bool
-) -> torch.Tensor:
-    """Return how many labels are among the k best tokens, for k = 1..TOP_K, [num_offsets, TOP_K]."""
-    own = logits.gather(-1, labels.clamp(min=0)[..., None])
-    rank = (logits > own).sum(dim=-1).masked_fill(~valid | (labels < 0), TOP_K)
-    return (rank[..., None] < torch.arange(1, TOP_K + 1, device=rank.device)).sum(dim=1)
+def _report(compared: list[_Comparison], weights: torch.Tensor) -> StepReport:
+    """Return what the first offsets yielded; the others were not reached."""
+    num_missing = len(weights) - len(compared)
+    nothing = weights.new_zeros(())
+    losses = torch.stack([each.loss for each in compared] + [nothing] * num_missing)
+    none_correct = torch.zeros(TOP_K, dtype=torch.int64, device=weights.device)
+    num_correct = torch.stack([each.num_correct for each in compared] + [none_correct] * num_missing)
+    num_reached = torch.stack([each.num_reached for each in compared] + [none_correct[0]] * num_missing)
+    return StepReport((losses * weights).sum(), losses.detach(), num_correct, num_reached)
+
+
+def _rows_of_interest(wanted: torch.Tensor) -> torch.Tensor | None:  # [rows] bool -> [kept]
+    """Return the indices of the wanted rows and of as many others as make a multiple, or None where none is wanted."""
+    # waits for the device: what is left out costs nothing this way
+    num_wanted = int(wanted.sum())
+    if num_wanted == 0:
+        return None
+    num_kept = min(len(wanted), -(-num_wanted // _ROWS_STEP) * _ROWS_STEP)
+    return wanted.int().argsort(descending=True, stable=True)[:num_kept]
 
 
 class _Text(NamedTuple):

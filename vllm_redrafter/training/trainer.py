@@ -83,7 +83,7 @@ class ReDrafterTrainer(Trainer):
             )
         self._loss_sums += report.loss_sums.cpu()
         self._num_correct += report.num_correct.cpu()
-        self._num_targets += self.rollout.num_targets(Batch(**inputs)).cpu()
+        self._num_reached += report.num_reached.cpu()
         # gradients are averaged over processes, while every process divided by the targets of all
         loss = report.loss * self.args.world_size
         return (loss, report) if return_outputs else loss
@@ -115,9 +115,9 @@ class ReDrafterTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and where a training loss is told, each offset's loss and accuracy since the last time."""
+        """Log, and where a training loss is told, each offset's loss and accuracy where it was reached since then."""
         if "loss" in logs:
-            sums = torch.cat((self._loss_sums[:, None], self._num_correct, self._num_targets[:, None]), dim=1)
+            sums = torch.cat((self._loss_sums[:, None], self._num_correct, self._num_reached[:, None]), dim=1)
             sums = self.accelerator.reduce(sums.to(self.args.device)).cpu()
             means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
             for offset, (loss, *accuracies) in enumerate(means.tolist(), 1):
@@ -135,7 +135,7 @@ class ReDrafterTrainer(Trainer):
         num_offsets = self.rollout.objective.num_offsets
         self._loss_sums = torch.zeros(num_offsets)
         self._num_correct = torch.zeros(num_offsets, TOP_K)
-        self._num_targets = torch.zeros(num_offsets)
+        self._num_reached = torch.zeros(num_offsets)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         checkpoint.save_drafter(self.rollout.drafter, Path(output_dir) if output_dir else self._output)
