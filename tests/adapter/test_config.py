@@ -463,8 +463,38 @@ def test_fused_layers_are_refused_under_v2(v2: None, fused_drafter: str) -> None
 
 
 def test_an_automatic_budget_is_refused_under_v2(v2: None, drafter: str) -> None:
-    with pytest.raises(ValueError, match='budget is "auto", but model runner V2 verifies num_speculative_tokens nodes'):
+    with pytest.raises(ValueError, match='budget is "auto", but model runner V2 verifies trees of fixed sizes'):
         options_for({"model": drafter, "budget": "auto"})
+
+
+SCHEDULE = {"num_speculative_tokens_per_batch_size": [[9, 64, 0], [1, 8, 4]]}
+
+
+def test_sizes_by_batch_size_are_handed_to_vllm_under_v2(v2: None, drafter: str) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter, **SCHEDULE})
+
+    translated = translate(arguments, target_config(), parallel_config())
+
+    assert translated["num_speculative_tokens_per_batch_size"] == [(1, 8, 4), (9, 64, 0)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reason"),
+    [
+        ([], "must be a non-empty list of"),
+        ([[1, 8]], "3-item sequence"),
+        ([[1, 8, -1]], "values must be >= 0"),
+        ([[2, 8, 4]], "must start at 1"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(v2: None, drafter: str, schedule: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        options_for({"model": drafter, "num_speculative_tokens_per_batch_size": schedule})
+
+
+def test_sizes_by_batch_size_are_refused_where_every_step_chooses_its_own(drafter: str) -> None:
+    with pytest.raises(ValueError, match="on a CPU the size of trees is chosen at every step, so leave it out"):
+        options_for({"model": drafter, **SCHEDULE})
 
 
 def test_runner_v2_needs_triton(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,11 @@ class StubRunner:
         self.logit_rows.append(len(hidden_states))
 
 
-def measure(monkeypatch: pytest.MonkeyPatch, runner: StubRunner, most_rows: int) -> Any:
+def measure(
+    monkeypatch: pytest.MonkeyPatch, runner: StubRunner, most_rows: int, decide: Callable[[bool], bool] = bool
+) -> Any:
     monkeypatch.setattr(step_times, "time", SimpleNamespace(perf_counter=lambda: runner.now))
-    return step_times.measure(runner, most_rows)
+    return step_times.measure(runner, most_rows, decide)
 
 
 def test_the_quickest_of_five_passes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +82,21 @@ def test_slow_models_are_not_measured_for_longer_than_ten_seconds(monkeypatch: p
 
     assert times.rows.tolist() == [1, 2, 3, 4, 5]  # after 10 seconds the fifth is under way
     assert times.at(np.array([6.0])).tolist() == pytest.approx([6.0])
+
+
+def test_ranks_whose_clocks_differ_take_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = StubRunner(lambda rows, repeat: 1.0 * rows), StubRunner(lambda rows, repeat: 0.1 * rows)
+    decisions: list[bool] = []
+
+    def tell(own: bool) -> bool:
+        decisions.append(own)
+        return own
+
+    measure(monkeypatch, first, 64, tell)
+    measure(monkeypatch, second, 64, lambda own: decisions.pop(0))
+
+    assert second.passes == first.passes
+    assert decisions == []
 
 
 def test_the_table_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:

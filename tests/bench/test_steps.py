@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_redrafter.bench.speed import SpeculativeConfig, speculative_config
-from vllm_redrafter.bench.steps import Engine, Plan, Run, StepCost, measure
+from vllm_redrafter.bench.steps import Engine, Plan, Run, StepCost, measure, sizes_that_pay
 
 PREFILL_SECONDS = 5.0
 
@@ -68,6 +68,37 @@ def test_every_load_and_context_is_measured_with_prompts_of_their_own() -> None:
     # the text comes again where it is too short
     assert prompts[0] == [(0, 1, 2, 3), (2, 3, 4, 5)]
     assert prompts[3] == [(*range(10), 0, 1), (*range(6, 10), *range(8))]
+
+
+def cost(config: str, batch_size: int, ratio: float, tokens_per_step: float, context: int = 1024) -> StepCost:
+    return StepCost(config, batch_size, context, 1.0, ratio, tokens_per_step, {})
+
+
+def test_every_batch_size_gets_the_trees_that_pay_there_and_a_size_between_what_pays_for_the_larger() -> None:
+    configs = {name: speculative_config(name, "drafter") for name in ("plain", "chain4", "tree4", "tree16")}
+    measured = {1: (1.1, 1.2), 4: (1.2, 1.4), 16: (1.5, 2.1), 64: (2.6, 4.0)}
+    costs = [
+        cost(*row)
+        for batch_size, (small, large) in measured.items()
+        for row in (
+            ("plain", batch_size, 1.0, 1.0),
+            # a chain may be the best, but an engine drafts in one shape
+            ("chain4", batch_size, 0.1, 2.0),
+            ("tree4", batch_size, small, 2.4),
+            ("tree16", batch_size, large, 3.0),
+        )
+    ]
+
+    assert sizes_that_pay(costs, configs) == [(1, 4, 16), (5, 16, 4), (17, 64, 0)]
+
+
+def test_of_several_contexts_the_median_gain_counts() -> None:
+    configs = {name: speculative_config(name, "drafter") for name in ("plain", "tree8")}
+    ratios = {1024: 1.5, 8192: 1.9, 32768: 9.0}
+    costs = [cost("tree8", 2, ratio, 2.0, context) for context, ratio in ratios.items()]
+    costs += [cost("plain", 2, 1.0, 1.0, context) for context in ratios]
+
+    assert sizes_that_pay(costs, configs) == [(1, 2, 8)]
 
 
 def test_without_the_target_alone_there_is_nothing_to_compare_with() -> None:

@@ -187,7 +187,10 @@ def test_steps_prints_what_a_step_costs(
     assert lines[1].split() == ["plain", "1", "4", "2.00", "1.00x", "1.00", "–"]
     # four tokens after the first, two in a step: 6 ms for two steps
     assert lines[3].split() == ["tree8", "1", "4", "3.00", "1.50x", "2.00", "25.00"]
-    assert [cost["context"] for cost in json.loads(lines[-1])["costs"]] == [4, 8, 4, 8]
+    told = json.loads(lines[-1])
+    assert [cost["context"] for cost in told["costs"]] == [4, 8, 4, 8]
+    assert told["num_speculative_tokens_per_batch_size"] == [[1, 1, 8]]
+    assert '"num_speculative_tokens_per_batch_size": [[1, 1, 8]]' in lines[-3]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,19 @@ class ReDrafterOptions:
         return cls(**vllm_config.additional_config[CONFIG_KEY])
 
 
-_KEYS = ("method", "model", "revision", "num_speculative_tokens", "beam_width", "draft_length", "beam_length", "budget")
+_SCHEDULE = "num_speculative_tokens_per_batch_size"
+"""vLLM's own key: trees of another size for batches of another size."""
+_KEYS = (
+    "method",
+    "model",
+    "revision",
+    "num_speculative_tokens",
+    _SCHEDULE,
+    "beam_width",
+    "draft_length",
+    "beam_length",
+    "budget",
+)
 
 
 def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
@@ -91,6 +103,7 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
     _check_vllm()
     _refuse_unknown_keys(request)
     _refuse_unsupported(engine_args, target, parallel)
+    schedule = _schedule(request)
     options = read_options(request, target)
 
     engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: asdict(options)}
@@ -104,6 +117,7 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         "method": method,
         "model": patches.PROPOSER_PATH,
         "num_speculative_tokens": options.num_speculative_tokens,
+        **schedule,
     }
 
 
@@ -209,10 +223,23 @@ def _budget(request: dict[str, Any]) -> str:
         raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
     if is_v2 and budget == "auto":
         raise ValueError(
-            'budget is "auto", but model runner V2 verifies num_speculative_tokens nodes at every step, which its CUDA '
-            'graphs are made for: leave it out, or say "fixed"'
+            'budget is "auto", but model runner V2 verifies trees of fixed sizes, which its CUDA graphs are made for: '
+            f'leave it out or say "fixed", and give sizes by batch size in {_SCHEDULE}'
         )
     return str(budget)
+
+
+def _schedule(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of trees by batch size as vLLM takes them; empty where all batches have trees of one size."""
+    from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+    if request.get(_SCHEDULE) is None:
+        return {}
+    if not support.uses_v2():
+        raise ValueError(
+            f"{_SCHEDULE} is for model runner V2: on a CPU the size of trees is chosen at every step, so leave it out"
+        )
+    return {_SCHEDULE: validate_and_normalize_dynamic_sd_schedule(request[_SCHEDULE])}
 
 
 def _positive(request: dict[str, Any], key: str, default: int) -> int:

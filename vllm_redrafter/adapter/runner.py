@@ -77,7 +77,7 @@ class TreeModelRunner(CPUModelRunner):
         options = self.drafter.options
         if options.budget == "auto":
             most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
-            times = step_times.measure(self, most_rows)
+            times = step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
             self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
 
     def describe(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ _MOST_SECONDS = 10.0
 """Larger passes are left out once this much time has gone; the last slope stands for them."""
 
 
-def measure(runner: Any, most_rows: int) -> StepTimes:
+def measure(runner: Any, most_rows: int, decide: Callable[[bool], bool]) -> StepTimes:
     """Return the times of passes of up to `most_rows` rows, the head included, attention over a context not.
 
     Args:
         runner: a model runner of vLLM whose model is loaded and compiled.
+        decide: makes what this rank's clock says the same on all ranks: they wait for each other in every pass.
     """
     started = time.perf_counter()
     rows = [count for count in _ROWS if count <= min(most_rows, runner.max_num_tokens)]
@@ -31,7 +33,7 @@ def measure(runner: Any, most_rows: int) -> StepTimes:
     # round by round: what disturbs the machine for a moment then falls on all sizes, and no size on its own looks slow
     for turn in range(_NUM_ROUNDS):
         for count in rows if turn == 0 else list(quickest):
-            if quickest and time.perf_counter() - started > _MOST_SECONDS:
+            if quickest and decide(time.perf_counter() - started > _MOST_SECONDS):
                 break
             quickest[count] = min(_one_pass(runner, count), quickest.get(count, math.inf))
     seconds = list(quickest.values())

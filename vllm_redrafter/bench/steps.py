@@ -99,6 +99,36 @@ def measure(
         yield [cost._replace(ratio=cost.step_ms / plain_ms[cost.context]) for cost in found]
 
 
+def sizes_that_pay(costs: Sequence[StepCost], configs: Mapping[str, SpeculativeConfig]) -> list[tuple[int, int, int]]:
+    """Return the size of trees that yields most tokens per second by batch size, 0 where the target alone does.
+
+    What model runner V2 takes as `num_speculative_tokens_per_batch_size`: first and last batch size, nodes. A batch
+    between two that were measured gets what pays for the larger one, where drafts pay less.
+
+    Args:
+        costs: of all batch sizes; of several contexts the median gain counts.
+        configs: by name; besides the target alone, trees of a given size are compared: an engine drafts in one shape.
+    """
+    sizes = {PLAIN: 0}
+    for name, config in configs.items():
+        if config is None or config.get("budget") != "fixed" or config.get("beam_width") == 1:
+            continue
+        if "num_speculative_tokens" in config:
+            sizes[name] = config["num_speculative_tokens"]
+    schedule: list[tuple[int, int, int]] = []
+    for batch_size in sorted({cost.batch_size for cost in costs}):
+        gains: dict[str, list[float]] = {name: [] for name in sizes}
+        for cost in costs:
+            if cost.batch_size == batch_size and cost.config in sizes:
+                gains[cost.config].append(cost.tokens_per_step / cost.ratio)
+        best = max(gains, key=lambda name: median(gains[name]))
+        first = schedule[-1][1] + 1 if schedule else 1
+        if schedule and schedule[-1][2] == sizes[best]:
+            first = schedule.pop()[0]
+        schedule.append((first, batch_size, sizes[best]))
+    return schedule
+
+
 def _cost(name: str, prompts: Sequence[Sequence[int]], plan: Plan, engine: Engine) -> StepCost:
     # whatever is compiled, learnt or cached once
     engine.generate(prompts, plan.max_tokens)

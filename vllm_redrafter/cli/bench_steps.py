@@ -95,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
             costs += of_batch_size
     except ValueError as error:
         raise CommandError(str(error)) from None
-    told = {"costs": [cost._asdict() for cost in costs]}
+    schedule = steps.sizes_that_pay(costs, configs)
+    print(f'what pays here, for model runner V2: "num_speculative_tokens_per_batch_size": {json.dumps(schedule)}\n')
+    told = {"costs": [cost._asdict() for cost in costs], "num_speculative_tokens_per_batch_size": schedule}
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(provenance.describe() | told, indent=1), encoding="utf-8")
     print(json.dumps(told))

@@ -95,6 +95,30 @@ def test_trees_that_the_scheduler_cuts_are_trees(engines: EnginePool, v2_pair: V
     assert drafted.stats["num_accepted_tokens"] > 0
 
 
+def test_the_size_of_trees_may_follow_that_of_the_batch(engines: EnginePool, v2_pair: V2Pair) -> None:
+    # the longer an answer, the emptier the batch: none are drafted for four requests, small trees for two and three
+    workload = Workload(
+        [
+            Request(prompt, {**sampling, "max_tokens": 8 + 8 * index, "seed": index})
+            for sampling in (GREEDY, SAMPLED)
+            for index, prompt in enumerate(v2_pair.prompts)
+        ]
+    )
+    sizes = {"num_speculative_tokens_per_batch_size": [[1, 1, NUM_NODES], [2, 3, 3], [4, 4, 0]]}
+
+    drafted = engines.run(v2_pair.drafted(sizes), workload)
+
+    assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
+    stats, always = drafted.stats, engines.run(v2_pair.drafted(), workload).stats
+    assert stats["num_truncated_trees"] > 0
+    assert stats["num_accepted_tokens"] > 0
+    assert stats["num_branch_acceptances"] > 0
+    # of both kinds of steps there were some: with trees, and with a batch too large for them
+    assert 0 < stats["num_drafts"] < always["num_drafts"]
+    num_emitted = sum(request.sampling["max_tokens"] for request in workload.requests)
+    assert stats["num_emitted_tokens"] < num_emitted - len(workload.requests)
+
+
 def test_requests_that_are_preempted_go_on_where_they_were(engines: EnginePool, v2_pair: V2Pair) -> None:
     workload = greedy(v2_pair, max_tokens=40)
 

@@ -90,5 +90,10 @@ CONTRACTS = (
         "get_num_sampled_and_rejected",
         ("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
     ),
+    Contract(
+        "vllm.v1.spec_decode.dynamic.utils",
+        "validate_and_normalize_dynamic_sd_schedule",
+        ("num_speculative_tokens_per_batch_size",),
+    ),
     Contract("vllm.v1.attention.backend", "AttentionImpl.forward", ("layer", "query", "key", "value", "kv_cache")),
 )

@@ -102,11 +102,19 @@ class TreeSpeculator(DraftModelSpeculator):
         temperature: torch.Tensor,  # [max_num_reqs] fp32
         seeds: torch.Tensor,  # [max_num_reqs] int64
         *args: Any,
+        num_speculative_tokens: int | None = None,
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return the next N draft tokens of every request, [num_reqs, N], and remember what they are to each other."""
+        """Return the next N draft tokens of every request, [num_reqs, N], and remember what they are to each other.
+
+        Args:
+            num_speculative_tokens: how many of them will be verified: the first ones of a tree are a tree, and where
+                there are none nothing is drafted.
+        """
         num_requests, slots = input_batch.num_reqs, input_batch.idx_mapping
+        if num_speculative_tokens == 0:
+            return self._drafted.token_ids[:num_requests, 1:]
         rows = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
         if self.step.nodes is not None:
             last = (num_sampled - 1).clamp(min=0).long()
