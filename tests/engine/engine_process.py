@@ -21,10 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WHEN_IDLE = 1_000_000
 
+
+def python_path(*first: str | Path) -> str:
+    """Return a PYTHONPATH for a process: these, and what the tests themselves were given, such as another vLLM."""
+    return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": python_path(ROOT),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # engine and worker in the child itself: a test may then patch the worker, and one import is saved
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -235,8 +235,14 @@ def install() -> None:
 
 
 def check_contracts() -> list[ContractCheck]:
-    """Return for every function that we count on whether this vLLM still has it as we know it."""
-    return [_check(contract) for contract in (V2_CONTRACTS if support.uses_v2() else CONTRACTS)]
+    """Return for every function that we count on whether this vLLM still has it as we know it.
+
+    The last check is of what our classes import from vLLM: otherwise a name that has moved would be found out by a
+    worker, long after the engine's start.
+    """
+    if support.uses_v2():
+        return [*map(_check, V2_CONTRACTS), _check_import("vllm_redrafter.adapter.v2.speculator")]
+    return [*map(_check, CONTRACTS), _check_import("vllm_redrafter.adapter.worker")]
 
 
 def _check(contract: Contract) -> ContractCheck:
@@ -250,6 +256,14 @@ def _check(contract: Contract) -> ContractCheck:
         reason = f"takes ({', '.join(found)}), but ({', '.join(expected)}, ...) is what we know"
         return ContractCheck(name, False, reason)
     return ContractCheck(name, True, "as known")
+
+
+def _check_import(module: str) -> ContractCheck:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return ContractCheck(module, False, str(error))
+    return ContractCheck(module, True, "as known")
 
 
 def _find(module: str, qualified_name: str) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engine import tiny_models
-from tests.engine.engine_process import ROOT, Engine
+from tests.engine.engine_process import ROOT, Engine, python_path
 
 SITE = '''"""Lets Triton interpret kernels in this process; vLLM asks for a backend before it makes any of its own."""
 import os
@@ -60,7 +60,7 @@ def v2_environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str
     (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nstand_ins = tests.engine.v2.stand_ins:register\n")
     return {
         "ENGINE_SETUP": "tests.engine.v2.stand_ins",
-        "PYTHONPATH": f"{site}:{ROOT}",
+        "PYTHONPATH": python_path(site, ROOT),
         "VLLM_USE_V2_MODEL_RUNNER": "1",
     }
 

@@ -43,15 +43,19 @@ def apply_grammar_bitmask(
     logits: torch.Tensor,
     input_batch: Any,
     grammar_req_ids: list[str],
-    grammar_bitmask: Any,  # [rows of these requests, words]
+    grammar_bitmask: Any,  # [masks of these requests, words]
 ) -> None:
     """Forbid what the grammars forbid, row by row of every request in the order of its tokens."""
     ends = input_batch.cu_num_logits_np.tolist()
-    requests = [input_batch.req_ids.index(name) for name in grammar_req_ids]
-    rows = [row for request in requests for row in range(ends[request], ends[request + 1])]
-    words = torch.from_numpy(grammar_bitmask)[: len(rows), :, None]
-    is_allowed = (words >> torch.arange(32) & 1).bool().flatten(1)[:, : logits.shape[1]]
-    logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))
+    # vLLM 0.33 brings masks for as many rows as a request may have, 0.32 for those that it has
+    has_spare_masks = len(grammar_bitmask) == len(grammar_req_ids) * self.mask_stride
+    first = 0
+    for request in map(input_batch.req_ids.index, grammar_req_ids):
+        rows = logits[ends[request] : ends[request + 1]]
+        words = torch.from_numpy(grammar_bitmask)[first : first + len(rows), :, None]
+        is_allowed = (words >> torch.arange(32) & 1).bool().flatten(1)[:, : logits.shape[1]]
+        rows.masked_fill_(~is_allowed, float("-inf"))
+        first += self.mask_stride if has_spare_masks else len(rows)
 
 
 class PagedAttentionBackend(CPUAttentionBackend):

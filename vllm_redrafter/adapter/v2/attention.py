@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2.step import Step

@@ -1,7 +1,7 @@
 """LoRA adapters of the target: which row of logits belongs to whose.
 
-vLLM's model runner V2 (0.32) tells the layer that adds an adapter's share to the logits one adapter per request, as if
-each had one row of logits. A request that verifies drafts has one row per node.
+vLLM's model runner V2 (0.32 and 0.33) tells the layer that adds an adapter's share to the logits one adapter per
+request, as if each had one row of logits. A request that verifies drafts has one row per node.
 """
 
 from __future__ import annotations

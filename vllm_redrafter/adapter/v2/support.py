@@ -14,7 +14,7 @@ its own, so that async scheduling stays on and no slots are reserved. Which spec
 EXTENSION_PATH = "vllm_redrafter.adapter.v2.worker.ReDrafterWorkerExtension"
 
 VLLM_RANGE = (Version("0.32.0"), Version("0.34"))
-"""At least the first, below the second: the tests run 0.32, the newest for CPUs, and 0.33 was compared with it."""
+"""At least the first, below the second: the tests run 0.32, the newest for CPUs, and the Python files of 0.33."""
 
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("model runner V2 without Triton", "its kernels and ours are written in Triton"),
