@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from vllm import SamplingParams
+from vllm.config.compilation import CompilationMode
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tests.adapter.trees import draft_tree
-from vllm_redrafter.adapter import loading
+from vllm_redrafter.adapter import foresight, loading
 from vllm_redrafter.adapter import proposer as proposer_module
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
@@ -28,10 +30,16 @@ HIDDEN, VOCAB, BATCH = 16, 24, 5
 NO_FLOOR = float("-inf")
 
 
-def proposer_of(options: ReDrafterOptions, dtype: torch.dtype = torch.float32, num_ranks: int = 1) -> ReDrafterProposer:
+def proposer_of(
+    options: ReDrafterOptions,
+    dtype: torch.dtype = torch.float32,
+    num_ranks: int = 1,
+    mode: CompilationMode = CompilationMode.NONE,
+) -> ReDrafterProposer:
     """Return the proposer as vLLM builds it: from its config alone."""
     found = SimpleNamespace(
         additional_config={"redrafter": asdict(options)},
+        compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(dtype=dtype),
         parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
     )
@@ -311,6 +319,59 @@ def test_the_time_of_a_search_is_measured_on_the_drafter_at_hand(tmp_path: Path)
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
     assert 0 < proposer_module.search_seconds(proposer) < 10
+
+
+def test_for_one_request_a_compiled_search_finds_what_the_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # with and without the program: it is faster by this clock
+    monkeypatch.setattr(proposer_module, "search_seconds", lambda proposer: 1.0 + (proposer._program is None))
+    target = vllm_target(torch.randn(VOCAB, HIDDEN), None)
+    eager, compiled = proposer_of(stored(tmp_path)), proposer_of(stored(tmp_path), mode=CompilationMode.VLLM_COMPILE)
+    eager.load_model(target)
+    compiled.load_model(target)
+    programs: list[int] = []
+    program = compiled._program
+    assert program is not None
+    monkeypatch.setattr(compiled, "_program", lambda *args: (programs.append(len(args[1])), program(*args))[1])
+    generators = {0: torch.Generator().manual_seed(4)}
+
+    def foreseen(proposer: ReDrafterProposer, **options: Any) -> foresight.KnownDraws | None:
+        parameters = SamplingParams(temperature=0.9, **options)
+        length = proposer.options.draft_length
+        return foresight.of(generators, 1, {0: parameters}, length, proposer.drafted_ids)
+
+    hidden, init_ids = inputs()
+    for draws in ({}, {"top_k": 3}, None):
+        known = [None if draws is None else foreseen(proposer, **draws) for proposer in (eager, compiled)]
+        expected = eager.search(hidden[:1], init_ids[:1], NO_FLOOR, known[0])
+        found = compiled.search(hidden[:1], init_ids[:1], NO_FLOOR, known[1])
+        assert torch.equal(found.token_ids, expected.token_ids)
+        assert torch.equal(found.parents, expected.parents)
+        torch.testing.assert_close(found.log_probs, expected.log_probs)
+    compiled.search(hidden, init_ids, NO_FLOOR)
+
+    assert programs == [1, 1], "truncated sampling and more requests are searched for as before"
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_ranks", "seconds"),
+    [
+        (CompilationMode.VLLM_COMPILE, 1, 3.0),  # slower
+        (CompilationMode.NONE, 1, 1.0),
+        # ranks must draft alike
+        (CompilationMode.VLLM_COMPILE, 2, 1.0),
+    ],
+)
+def test_a_search_is_compiled_only_where_that_is_faster_and_the_target_is_too(
+    mode: CompilationMode, num_ranks: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposer_module, "search_seconds", lambda proposer: seconds if proposer._program else 2.0)
+    proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode)
+
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+
+    assert proposer._program is None
 
 
 @pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])

@@ -9,13 +9,11 @@ a wrong guess costs acceptance, never output, because nothing here is what is sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
 from vllm.sampling_params import SamplingType
 
-from vllm_redrafter.core.beam_search import Foresight
 from vllm_redrafter.core.noise import Truncation, foresee_seeds, gumbel
 
 _TRIED_DRAWS = 8
@@ -37,13 +35,51 @@ def is_possible(sampler: Any) -> bool:
     return torch.equal(torch.cat(drawn), expected)
 
 
+class KnownDraws:
+    """A `Foresight` of the requests of a batch that sample.
+
+    Args:
+        rows: those requests, by their places among the ones drafted for.
+        seeds: [requests, depths], int64.
+        truncation: how they sample.
+        token_ids: [tokens], those that the drafter's head knows.
+    """
+
+    def __init__(self, rows: list[int], seeds: torch.Tensor, truncation: Truncation, token_ids: torch.Tensor) -> None:
+        self._rows = rows
+        self._seeds = seeds
+        self._truncation = truncation
+        self._token_ids = token_ids
+        self._num_together = max(1, min(seeds.shape[1], _MOST_NUMBERS // (len(rows) * len(token_ids))))
+        self._first = -1
+        self._noise = torch.empty(0)  # [requests, depths, tokens], from depth `_first` on
+
+    def __call__(self, depth: int, logits: torch.Tensor) -> torch.Tensor:
+        """Return the drafter's logits, [batch, beams, tokens], so that they rank first what will be drawn."""
+        sampled = logits if len(self._rows) == len(logits) else logits[self._rows]
+        place = depth % self._num_together
+        if depth - place != self._first:
+            self._first = depth - place
+            self._noise = self._noise_of(slice(self._first, self._first + self._num_together))
+        drawn = self._truncation.lift(sampled, self._noise[:, place, None])
+        return drawn if sampled is logits else logits.index_copy(0, torch.tensor(self._rows), drawn)
+
+    def noise_alone(self) -> torch.Tensor | None:
+        """Return what is added to the logits of the only request, [depths, tokens], or None where more is done."""
+        return None if self._truncation.is_active else self._noise_of(slice(None))[0]
+
+    def _noise_of(self, depths: slice) -> torch.Tensor:  # [requests, depths, tokens]
+        temperatures = self._truncation.temperatures[:, None, None]
+        return gumbel(self._seeds[:, depths], self._token_ids).mul_(temperatures)
+
+
 def of(
     generators: Mapping[int, torch.Generator],
     num_requests: int,
     parameters: Mapping[int, Any],
     num_tokens: int,
     token_ids: torch.Tensor,  # [tokens]
-) -> Foresight | None:
+) -> KnownDraws | None:
     """Return what is known of some requests' next draws, or None where all of them are greedy.
 
     Args:
@@ -65,19 +101,4 @@ def of(
             for row, generator in zip(rows, own, strict=True)
         ]
     )
-    truncation = Truncation.of([requests[row] for row in rows])
-    temperatures = truncation.temperatures[:, None]
-
-    num_together = max(1, min(num_tokens, _MOST_NUMBERS // (len(rows) * len(token_ids))))
-
-    @cache
-    def noise_from(depth: int) -> torch.Tensor:  # [rows, depths, tokens]
-        return gumbel(seeds[:, depth : depth + num_together], token_ids).mul_(temperatures[..., None])
-
-    def foresee(depth: int, logits: torch.Tensor) -> torch.Tensor:
-        sampled = logits if len(rows) == len(logits) else logits[rows]
-        place = depth % num_together
-        drawn = truncation.lift(sampled, noise_from(depth - place)[:, place, None])
-        return drawn if sampled is logits else logits.index_copy(0, torch.tensor(rows), drawn)
-
-    return foresee
+    return KnownDraws(rows, seeds, Truncation.of([requests[row] for row in rows]), token_ids)

@@ -33,11 +33,12 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_redrafter.adapter import attention, foresight, step_times, tree_batch
 from vllm_redrafter.adapter.attention import TreeAttentionMetadata
 from vllm_redrafter.adapter.budget import Budget, StepRecord
+from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
-from vllm_redrafter.core.beam_search import Candidates, Foresight
+from vllm_redrafter.core.beam_search import Candidates
 
 Number = TypeVar("Number", int, float)
 
@@ -265,7 +266,7 @@ class TreeModelRunner(CPUModelRunner):
         self.stats.draft_seconds += self._draft_seconds
         return drafts
 
-    def _foresee(self, active: Sequence[int], parameters: Sequence[Any]) -> Foresight | None:
+    def _foresee(self, active: Sequence[int], parameters: Sequence[Any]) -> KnownDraws | None:
         """Return what is known of the sampler's next draws, or None where that is nothing.
 
         Args:
