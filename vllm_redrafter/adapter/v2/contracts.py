@@ -90,5 +90,6 @@ CONTRACTS = (
         "get_num_sampled_and_rejected",
         ("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
     ),
+    Contract("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     Contract("vllm.v1.attention.backend", "AttentionImpl.forward", ("layer", "query", "key", "value", "kv_cache")),
 )
