@@ -31,7 +31,7 @@ def drafted_log_probs(
     out = []
     for token_id in token_ids:
         state = drafter.advance(state, embedding(torch.tensor(token_id)))
-        out.append(drafter.log_probs(state))
+        out.append(drafter.processed_logits(state).log_softmax(dim=-1))
     return torch.stack(out)
 
 
@@ -272,7 +272,24 @@ def test_a_tied_drafter_without_the_targets_head_says_what_is_missing() -> None:
     drafter = make_drafter(exit_dim=HIDDEN, tie_lm_head=True)
 
     with pytest.raises(RuntimeError, match="tie_head"):
-        drafter.log_probs(drafter.start(torch.zeros(HIDDEN)))
+        drafter.logits(drafter.start(torch.zeros(HIDDEN)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_part_of_a_head_scores_its_tokens_alike_and_keeps_no_memory_of_the_rest(is_tied: bool) -> None:
+    drafter = make_drafter(exit_dim=HIDDEN, tie_lm_head=is_tied, draft_vocab_size=11)
+    drafter.set_draft_vocabulary(torch.arange(11) * 2)
+    if is_tied:
+        drafter.tie_head(torch.randn(VOCAB, HIDDEN))
+    state = drafter.advance(drafter.start(torch.randn(HIDDEN)), torch.randn(HIDDEN))
+    whole = drafter.logits(state)
+
+    drafter.keep_head_rows(range(4, 7))
+
+    torch.testing.assert_close(drafter.logits(state), whole[4:7])
+    head = drafter._tied_head if is_tied else drafter.lm_head[-1].weight
+    assert head.untyped_storage().nbytes() == 3 * HIDDEN * head.element_size()
 
 
 @torch.no_grad()

@@ -123,6 +123,8 @@ class Result:
     """Whether anything of ours was imported in the engine's process."""
     is_async: bool
     """Whether steps are scheduled before the ones before them have ended."""
+    num_head_rows: list[int]
+    """By rank, the rows of the drafter's head that it holds, under model runner V2; else empty."""
 
     def token_ids(self) -> list[list[list[int]] | None]:
         """Return the tokens of every sample of every request."""

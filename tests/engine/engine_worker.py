@@ -83,6 +83,7 @@ class _Server:
             "seconds": seconds,
             "has_plugin": "vllm_redrafter" in sys.modules,
             "is_async": self._llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
+            "num_head_rows": self._num_head_rows(),
         }
 
     def _serve(self, requests: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], int]:
@@ -138,8 +139,19 @@ class _Server:
             return {}
         return self._llm.collective_rpc("redrafter_stats")[0]
 
+    def _num_head_rows(self) -> list[int]:
+        """Return what `Result.num_head_rows` is."""
+        is_v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        if "speculative_config" not in (self._keywords or {}) or not is_v2:
+            return []
+        return self._llm.collective_rpc(lambda worker: len(_head(worker.model_runner.speculator.model)))
+
     def _metrics(self) -> dict[str, float]:
         return {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
+
+
+def _head(drafter: Any) -> Any:
+    return drafter._tied_head if drafter.config.tie_lm_head else drafter.lm_head[-1].weight
 
 
 def _answer(output: Any) -> dict[str, Any]:

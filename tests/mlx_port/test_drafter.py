@@ -22,7 +22,7 @@ def _states(twins: Twins) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
         ours = twins.mlx.advance(ours, twins.mlx_embed(mx.array(row)))
     return (
         twins.torch.logits(theirs).numpy(),
-        twins.torch.log_probs(theirs).numpy(),
+        twins.torch.processed_logits(theirs).log_softmax(dim=-1).numpy(),
         to_numpy(twins.mlx.logits(ours)),
         to_numpy(twins.mlx.log_probs(ours)),
     )

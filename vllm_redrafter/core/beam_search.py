@@ -43,6 +43,30 @@ class Candidates(NamedTuple):
     log_probs: torch.Tensor  # [batch, C]: cumulative log-probability, fp32; -inf where there is no candidate
 
 
+class Continuations(NamedTuple):
+    """The best next tokens of all beams of a request, best first."""
+
+    beams: torch.Tensor  # [batch, kept]: what they continue
+    draft_ids: torch.Tensor  # [batch, kept]
+    log_probs: torch.Tensor  # [batch, kept]: cumulative, fp32
+
+
+Choose = Callable[[torch.Tensor, torch.Tensor, int], Continuations]
+"""Given the head's logits, the beams' log-probabilities and a number, returns so many continuations."""
+
+
+def best_continuations(
+    logits: torch.Tensor,  # [batch, beams, head_size] fp32
+    scores: torch.Tensor,  # [batch, beams]: cumulative log-probabilities
+    num_kept: int,
+) -> Continuations:
+    """Return the best `num_kept` continuations, or all where there are fewer."""
+    totals = (logits.log_softmax(dim=-1) + scores[..., None]).flatten(1)
+    best = totals.topk(min(num_kept, totals.shape[1]), dim=-1)
+    head_size = logits.shape[-1]
+    return Continuations(best.indices // head_size, best.indices % head_size, best.values)
+
+
 def search(
     drafter: ReDrafter,
     embed: Embed,
@@ -53,6 +77,7 @@ def search(
     floor: float = float("-inf"),
     sharpness: float = 1.0,
     foresight: Foresight | None = None,
+    choose: Choose = best_continuations,
 ) -> Candidates:
     """Return the best continuations of `init_ids` by cumulative log-probability.
 
@@ -66,6 +91,7 @@ def search(
         sharpness: what the drafter's logits are multiplied by; 1 leaves its distribution as it is.
         foresight: what is made of the drafter's logits before they are multiplied; None where nothing is sampled, or
             nothing is known of it.
+        choose: what finds the best continuations; another one where the drafter holds a part of its head.
 
     Raises:
         ValueError: the shape holds a number below 1.
@@ -84,20 +110,15 @@ def search(
     for depth in range(shape.length):
         state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
         change = None if foresight is None else partial(foresight, depth)
-        log_probs = drafter.log_probs(state, sharpness, change)  # [batch, beams, head]
-        head_size = log_probs.shape[-1]
-        totals = (log_probs + scores[..., None]).flatten(1)
-        best = totals.topk(min(kept, totals.shape[1]), dim=-1)
-        parent_beams = best.indices // head_size  # [batch, kept]
-        draft_ids = best.indices % head_size
-        best_ids = draft_ids if target_ids is None else target_ids[draft_ids]
-        depths.append(Candidates(best_ids, parent_beams + first_beam, best.values))
+        best = choose(drafter.processed_logits(state, sharpness, change), scores, kept)
+        best_ids = best.draft_ids if target_ids is None else target_ids[best.draft_ids]
+        depths.append(Candidates(best_ids, best.beams + first_beam, best.log_probs))
 
         # waits for the device, and only where a floor is given
-        if floor > float("-inf") and float(best.values[:, 0].max()) <= floor:
+        if floor > float("-inf") and float(best.log_probs[:, 0].max()) <= floor:
             break
         first_beam, num_found = num_found, num_found + best_ids.shape[1]
-        token_ids, scores = best_ids[:, : shape.width], best.values[:, : shape.width]
+        token_ids, scores = best_ids[:, : shape.width], best.log_probs[:, : shape.width]
         # the recurrent state already holds the parent's token: it follows the beam that was continued
-        state = DraftState(state.context, state.recurrent[rows, parent_beams[:, : shape.width]])
+        state = DraftState(state.context, state.recurrent[rows, best.beams[:, : shape.width]])
     return Candidates(*(torch.cat(columns, dim=1) for columns in zip(*depths, strict=True)))

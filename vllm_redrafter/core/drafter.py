@@ -122,6 +122,21 @@ class ReDrafter(nn.Module):
         # detached: a module takes an nn.Parameter for its own, and would train and save it
         self._tied_head = (target_head if rows is None else target_head[rows]).detach()
 
+    def keep_head_rows(self, rows: range) -> None:
+        """Drop all rows of the head but these: the logits of a draft id i are then at `i - rows.start`.
+
+        For serving: the drafter can no longer be trained or saved. A tied head must have been lent.
+        """
+        part = slice(rows.start, rows.stop)
+        # copies, or the whole head would stay in memory behind a part of it
+        if self.config.tie_lm_head:
+            assert self._tied_head is not None
+            self._tied_head = self._tied_head[part].clone()
+        else:
+            head = self.lm_head[-1]
+            assert isinstance(head, nn.Linear)
+            head.weight = nn.Parameter(head.weight[part].detach().clone(), requires_grad=False)
+
     def fold_embeddings(self, table: torch.Tensor) -> torch.Tensor:  # [vocab_size, hidden_size]
         """Return the table of `W_w E(g)`, whose rows `advance` takes from now on in the place of embeddings.
 
@@ -192,10 +207,12 @@ class ReDrafter(nn.Module):
             raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
         return functional.linear(x, self._tied_head.to(x.dtype))
 
-    def log_probs(
+    def processed_logits(
         self, state: DraftState, scale: float = 1.0, change: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Return log Q of the next token in fp32, [..., head_size]; -inf outside the `top_k` best, ties kept.
+        """Return fp32 logits whose softmax is Q of the next token, [..., head_size]; -inf outside the `top_k` best.
+
+        What is as good as the last of those is kept too.
 
         Args:
             scale: what logits are multiplied by.
@@ -208,6 +225,4 @@ class ReDrafter(nn.Module):
             logits = logits.masked_fill(logits < threshold, float("-inf"))
         if change is not None:
             logits = change(logits)
-        if scale != 1:
-            logits = logits * scale
-        return logits.log_softmax(dim=-1)
+        return logits if scale == 1 else logits * scale

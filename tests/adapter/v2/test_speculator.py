@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 
+from tests.adapter.v2.ranks import Ranks
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.v2 import draft_trees
 from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
 from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.core.beam_search import best_continuations
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 from vllm_redrafter.kernels import reference
@@ -60,7 +62,9 @@ def speculator_with(graphs: Graphs) -> TreeSpeculator:
     speculator.is_linear = SimpleNamespace(gpu=torch.tensor([0, 1, 0, 0], dtype=torch.int32))
     speculator.is_foreseen = SimpleNamespace(gpu=torch.tensor([1, 1, 1, 0], dtype=torch.int32))
     speculator.drafts_chains_only = False
+    speculator.device = torch.device("cpu")
     speculator.drafted_ids = torch.arange(VOCAB)
+    speculator.choose = best_continuations
     speculator.cudagraph_manager = graphs
     speculator._hidden = torch.zeros(MAX_REQUESTS, HIDDEN)
     speculator._init_ids = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
@@ -198,3 +202,28 @@ def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() ->
     assert torch.equal(drafts, expected.token_ids[:, 1:])
     same = [torch.equal(*rows) for rows in zip(drafts, blind, strict=True)]
     assert same == [False, False, True, True], "the last two are not foreseen, and greedy"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_that_share_the_head_draft_what_one_rank_drafts(monkeypatch: pytest.MonkeyPatch, num_ranks: int) -> None:
+    ranks = Ranks(num_ranks)
+    module = "vllm_redrafter.adapter.v2"
+    monkeypatch.setattr(f"{module}.shared_head.tensor_model_parallel_all_gather", ranks.all_gather)
+    monkeypatch.setattr(f"{module}.speculator.get_tensor_model_parallel_rank", ranks.rank)
+    monkeypatch.setattr(f"{module}.speculator.get_tensor_model_parallel_world_size", lambda: num_ranks)
+    alone = speculator_with(Graphs())
+    sharing = [speculator_with(Graphs(2, 4)) for _ in range(num_ranks)]
+
+    def draft_as(rank: int) -> list[torch.Tensor]:
+        speculator = sharing[rank]
+        speculator._share_head(speculator.model)
+        speculator.capture()
+        return [propose(speculator, slots) for slots in ([3], [2, 0], [0, 1, 2, 3])]
+
+    found = ranks.run(draft_as)
+
+    expected = [propose(alone, slots) for slots in ([3], [2, 0], [0, 1, 2, 3])]
+    for rank, drafts in enumerate(found):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(drafts, expected, strict=True))
+        assert torch.equal(sharing[rank].trees.parents, alone.trees.parents)
+        assert len(sharing[rank].model.lm_head[-1].weight) == VOCAB // num_ranks

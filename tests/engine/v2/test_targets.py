@@ -42,6 +42,11 @@ def test_two_ranks_draft_the_same_and_change_no_token(engines: EnginePool, v2_pa
     assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
     assert drafted.stats["num_branch_acceptances"] > 0
     assert drafted.stats["num_commits"] > 0
+    assert drafted.num_head_rows == [tiny_models.VOCAB_SIZE // 2] * 2
+    # what the ranks draft together is what one drafts
+    alone = engines.run(v2_pair.drafted(), workload)
+    assert alone.num_head_rows == [tiny_models.VOCAB_SIZE]
+    assert drafted.stats["accepted_by_depth"] == alone.stats["accepted_by_depth"]
 
 
 def test_requests_with_and_without_a_lora_adapter_share_a_batch(

@@ -95,5 +95,6 @@ CONTRACTS = (
         "validate_and_normalize_dynamic_sd_schedule",
         ("num_speculative_tokens_per_batch_size",),
     ),
+    Contract("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     Contract("vllm.v1.attention.backend", "AttentionImpl.forward", ("layer", "query", "key", "value", "kv_cache")),
 )

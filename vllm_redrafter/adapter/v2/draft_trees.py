@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from vllm_redrafter.core import beam_search, token_tree
-from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Foresight
+from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Choose, Foresight, best_continuations
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 
@@ -35,15 +35,25 @@ def draft(
     shape: BeamShape,
     num_nodes: int,
     foresight: Foresight | None = None,
+    choose: Choose = best_continuations,
 ) -> DraftTrees:
     """Return the trees of the `num_nodes` most probable continuations, without waiting for the device.
 
     Args:
         foresight: of what sampling will draw.
+        choose: what finds the best continuations at a depth.
     """
     num_candidates = num_nodes if shape.width > 1 else 1
     candidates = beam_search.search(
-        drafter, embed, hidden, init_ids, shape, num_candidates, sharpness=SHARPNESS, foresight=foresight
+        drafter,
+        embed,
+        hidden,
+        init_ids,
+        shape,
+        num_candidates,
+        sharpness=SHARPNESS,
+        foresight=foresight,
+        choose=choose,
     )
     tree = token_tree.best_nodes(init_ids, candidates, num_nodes)
     # the first path of a depth-first layout is the best one

@@ -6,12 +6,14 @@ CUDA graph per size of batch. The graphs have not been run: there was no GPU.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
@@ -22,8 +24,10 @@ from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.v2.draft_trees import DraftTrees, draft
 from vllm_redrafter.adapter.v2.model_state import TreeModelState
+from vllm_redrafter.adapter.v2.shared_head import best_of_all_ranks, rows_of_rank
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.core.beam_search import Choose, best_continuations
 from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
@@ -35,7 +39,9 @@ class TreeSpeculator(DraftModelSpeculator):
     model: ReDrafter
     embed: Embed
     drafted_ids: torch.Tensor
-    """The target's id for every row of the drafter's head, [head_size]."""
+    """The target's id for every row of the drafter's head that this rank holds, [rows]."""
+    choose: Choose
+    """How a search finds its best continuations: with the other ranks, where they share the head."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -66,12 +72,23 @@ class TreeSpeculator(DraftModelSpeculator):
             )
         loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
         self.embed = loaded.embed
-        self.drafted_ids = loaded.drafter.drafted_ids(self.device)
+        self._share_head(loaded.drafter)
         millions = loaded.num_parameters / 1e6
         logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
         # vLLM asks the target for it; this instance only, other engines have nothing to do with us
         target_model.get_model_state_cls = lambda: TreeModelState.of(self)  # type: ignore[assignment]
         return loaded.drafter
+
+    def _share_head(self, drafter: ReDrafter) -> None:
+        """Leave this rank its rows of the drafter's head, where ranks can share it."""
+        self.drafted_ids, self.choose = drafter.drafted_ids(self.device), best_continuations
+        num_kept = max(self.options.beam_width, self.options.num_speculative_tokens)
+        rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        rows = rows_of_rank(drafter.config, num_kept, rank, num_ranks)
+        if rows is not None:
+            drafter.keep_head_rows(rows)
+            self.drafted_ids = self.drafted_ids[rows.start : rows.stop]
+            self.choose = partial(best_of_all_ranks, first_row=rows.start)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: a drafter without attention has no KV cache to be told of."""
@@ -152,7 +169,7 @@ class TreeSpeculator(DraftModelSpeculator):
         torch.mul(temperature[slots], self.is_foreseen.gpu[slots], out=self._temperatures[:num_requests])
 
     def _foresee(self, depth: int, logits: torch.Tensor) -> torch.Tensor:
-        """Return the drafter's logits, [num_requests, beams, head_size], with the noise of the draws at a depth."""
+        """Return the drafter's logits, [num_requests, beams, rows], with the noise of the draws at a depth."""
         requests = slice(len(logits))
         noise = kernels.backend().sampling_noise(
             self._positions[requests] + depth, self._temperatures[requests], self._seeds[requests], self.drafted_ids
@@ -170,6 +187,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self.options.shape,
             self.options.num_speculative_tokens,
             self._foresee,
+            self.choose,
         )
         for column, values in zip(self._drafted, trees, strict=True):
             column[:num_requests].copy_(values)
