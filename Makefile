@@ -32,7 +32,7 @@ test: $(VENV)/.ready-dev  ## the test suite; PYTEST_ARGS="-k tree" narrows it
 	@$(call PYTEST,$(VENV)) $(PYTEST_ARGS)
 
 test-next-vllm: $(VENV)/.ready-dev $(NEXT_VLLM_DIR)  ## the tests of model runner V2, with the newest vLLM
-	@PYTHONPATH=$(abspath $(NEXT_VLLM_DIR)) $(VENV)/bin/python -m pytest $(NEXT_VLLM_TESTS) $(PYTEST_ARGS)
+	@PYTHONPATH=$(abspath $(NEXT_VLLM_DIR)) $(call PYTEST,$(VENV)) $(NEXT_VLLM_TESTS) $(PYTEST_ARGS)
 
 test-mlx: $(MLX_VENV)/.ready  ## the tests of mlx_port, in an environment with MLX
 	@$(call PYTEST,$(MLX_VENV)) tests/mlx_port $(PYTEST_ARGS)
