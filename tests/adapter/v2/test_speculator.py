@@ -117,6 +117,18 @@ def test_a_batch_larger_than_every_graph_is_drafted_without_one() -> None:
     assert graphs.num_replays == 0
 
 
+def test_nothing_is_drafted_where_nothing_will_be_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    speculator = speculator_with(Graphs())
+    drafted: list[int] = []
+    monkeypatch.setattr(speculator, "_draft", drafted.append)
+
+    none = propose(speculator, [0, 2], num_speculative_tokens=0)
+    some = propose(speculator, [0, 2], num_speculative_tokens=1)
+
+    assert none.shape == some.shape == (2, NUM_NODES)
+    assert drafted == [2]
+
+
 def test_drafts_start_at_the_last_accepted_node() -> None:
     speculator = speculator_with(Graphs())
     at_roots = propose(speculator, [0, 2])

@@ -95,20 +95,22 @@ def test_trees_that_the_scheduler_cuts_are_trees(engines: EnginePool, v2_pair: V
     assert drafted.stats["num_accepted_tokens"] > 0
 
 
-def test_the_size_of_trees_may_follow_that_of_the_batch(engines: EnginePool, v2_pair: V2Pair) -> None:
+@pytest.mark.parametrize("is_async", [True, False])
+def test_the_size_of_trees_may_follow_that_of_the_batch(engines: EnginePool, v2_pair: V2Pair, is_async: bool) -> None:
     # the longer an answer, the emptier the batch: none are drafted for four requests, small trees for two and three
     workload = Workload(
         [
-            Request(prompt, {**sampling, "max_tokens": 8 + 8 * index, "seed": index})
+            Request(prompt, {**sampling, "max_tokens": 12 + 12 * index, "seed": index})
             for sampling in (GREEDY, SAMPLED)
             for index, prompt in enumerate(v2_pair.prompts)
         ]
     )
-    sizes = {"num_speculative_tokens_per_batch_size": [[1, 1, NUM_NODES], [2, 3, 3], [4, 4, 0]]}
+    sizes = {"num_speculative_tokens_per_batch_size": [[1, 1, NUM_NODES], [2, 3, 6], [4, 4, 0]]}
 
-    drafted = engines.run(v2_pair.drafted(sizes), workload)
+    drafted = engines.run(v2_pair.drafted(sizes, async_scheduling=is_async), workload)
 
     assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
+    assert drafted.is_async == is_async
     stats, always = drafted.stats, engines.run(v2_pair.drafted(), workload).stats
     assert stats["num_truncated_trees"] > 0
     assert stats["num_accepted_tokens"] > 0
