@@ -73,9 +73,7 @@ def by_definition(
 
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize(("loss", "reach"), [("ce", 0), ("kl", 0), ("lk", 0), ("kl", 1e-8), ("ce", 1e-8)])
-def test_loss_and_gradients_of_packed_documents_are_those_of_the_definition(
-    name: str, loss: str, reach: float
-) -> None:
+def test_loss_and_gradients_of_packed_documents_are_those_of_the_definition(name: str, loss: str, reach: float) -> None:
     documents, target, drafter = make_documents(9, 14, 4, 20, 3), make_target(), make_drafter(**DRAFTERS[name])
     if drafter.config.tie_lm_head:
         drafter.tie_head(target.head_weight)
@@ -125,6 +123,14 @@ def test_the_size_of_a_chunk_changes_nothing(chunk_size: int) -> None:
 
     for found, expected in zip(chunked, whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "expected"), [(50, 1024), (2048, 1024), (4096, 512), (8192, 256), (256_000, 256)]
+)
+def test_a_chunk_has_fewer_positions_the_larger_the_head(head_size: int, expected: int) -> None:
+    assert Objective().positions_per_chunk(head_size) == expected
+    assert Objective(chunk_size=3).positions_per_chunk(head_size) == 3
 
 
 def test_every_tensor_of_the_drafter_learns_and_none_of_the_target() -> None:

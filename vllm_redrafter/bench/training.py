@@ -40,7 +40,8 @@ def measure(target: FrozenTarget, recipe: Recipe, *, num_sequences: int, length:
     batch = Batch(token_ids, torch.ones_like(token_ids, dtype=torch.bool), positions)
     costs = [_cost("target's forward", lambda: target.read(batch), device, 0)]
     for loss in TOKEN_LOSSES:
-        objective = Objective(loss=loss, num_offsets=recipe.objective.num_offsets)
+        # every text is followed to its end: the most that a step may need
+        objective = Objective(loss=loss, num_offsets=recipe.objective.num_offsets, reach=0)
         drafter = build_drafter(target, recipe, None, "bench").to(device)
         if recipe.tie_lm_head:
             drafter.tie_head(target.head_weight)

@@ -39,7 +39,7 @@ TOP_K = 5
 
 _ROWS_STEP = 128
 """Rows are followed in multiples of it: libraries keep what they prepared for every size of a product."""
-_NUMBERS_PER_CHUNK = 1 << 22
+_NUMBERS_PER_CHUNK = 1 << 21
 """Logits of one offset that are in memory at the same time, within the chunk sizes below."""
 _CHUNK_SIZES = (256, 1024)
 
