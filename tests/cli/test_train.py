@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.engine.tiny_models import CHARACTERS, make_llama, save_target
+from vllm_redrafter.cli import train
 from vllm_redrafter.cli.main import main
 from vllm_redrafter.core import checkpoint
 
@@ -171,3 +173,12 @@ def test_a_training_that_is_told_to_end_saves_and_can_be_resumed(target: str, da
     assert checkpoint.load_drafter(output).config.exit_dim == 32
     last = max(int(path.parent.name.rpartition("-")[2]) for path in output.glob("checkpoints/*/trainer_state.json"))
     assert last == told["num_steps"]
+
+
+def test_every_field_of_the_objective_that_has_an_option_is_taken_from_it() -> None:
+    parser = argparse.ArgumentParser()
+    train.add_parser(parser.add_subparsers())
+    given = {"loss": "lk", "num_offsets": 3, "decay": 0.5, "reach": 0.25, "own_tokens": 0.125}
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+    assert train._given(parser.parse_args(["train", *options])) == given

@@ -152,8 +152,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what was given of the recipe, under the names of its fields."""
     names = (
         *("exit_dim", "num_draft_layers", "draft_vocab_size", "fused_layers", "beam_width", "num_speculative_tokens"),
-        *("loss", "num_offsets", "decay", "own_tokens", "max_length", "epochs", "max_steps", "batch_size"),
-        *("gradient_accumulation", "learning_rate", "patience", "num_evaluations", "seed", "bf16"),
+        *("loss", "num_offsets", "decay", "reach", "own_tokens", "max_length", "epochs", "max_steps"),
+        *("batch_size", "gradient_accumulation", "learning_rate", "patience", "num_evaluations", "seed", "bf16"),
     )
     given = {name: getattr(arguments, name) for name in names}
     given["rnn"] = False if arguments.no_rnn else None
