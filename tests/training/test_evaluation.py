@@ -12,7 +12,7 @@ from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.training import evaluation
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.evaluation import acceptance, accuracies, as_documents, hold_out, to_json
-from vllm_redrafter.training.simulation import accepted_ranks, mean_acceptance_length, simulate
+from vllm_redrafter.training.simulation import Steps, mean_acceptance_length, simulate
 from vllm_redrafter.training.transcripts import Transcript, transcribe
 
 
@@ -32,17 +32,12 @@ def test_acceptance_is_told_for_all_texts_and_for_every_source() -> None:
     assert [(row.source, row.num_nodes) for row in rows] == [
         (source, num_nodes) for source in ("all", "chat", "code") for num_nodes in (2, 8)
     ]
-    chat = held_out.writings[1]
-    steps = simulate(accepted_ranks(drafter, target.embed, chat, shape, 8, temperature=0.0), 3, 8)
+    (taken,) = simulate(drafter, target.embed, held_out.writings, shape, [8], temperature=0.0)
     row = next(row for row in rows if (row.source, row.num_nodes) == ("chat", 8))
-    assert row.mean_acceptance_length == steps.mean_acceptance_length
+    assert row.mean_acceptance_length == taken[1].mean_acceptance_length
     assert row.mean_acceptance_length == pytest.approx(1 + sum(row.by_depth), abs=1e-6)
     assert row.by_depth == sorted(row.by_depth, reverse=True)
-    everything = [
-        simulate(accepted_ranks(drafter, target.embed, each, shape, 8, temperature=0.0), 3, 8)
-        for each in held_out.writings
-    ]
-    assert rows[1].mean_acceptance_length == mean_acceptance_length(everything)
+    assert rows[1].mean_acceptance_length == mean_acceptance_length(taken)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -51,16 +46,16 @@ def test_texts_are_held_against_the_trees_of_their_temperature(
 ) -> None:
     asked = []
 
-    def watched(*arguments: Any, **how: Any) -> torch.Tensor:
-        asked.append((arguments[2].seed, how["temperature"]))
-        return accepted_ranks(*arguments, **how)
+    def watched(*arguments: Any, **how: Any) -> list[list[Steps]]:
+        asked.append(([each.seed for each in arguments[2]], how["temperature"]))
+        return simulate(*arguments, **how)
 
-    monkeypatch.setattr(evaluation, "accepted_ranks", watched)
+    monkeypatch.setattr(evaluation, "simulate", watched)
     target = make_target()
     written = transcribe(target, transcripts(), 8, temperature=temperature)
     acceptance(make_drafter(), hold_out(target, written), BeamShape(2, 3), [4], temperature)
 
-    assert asked == [(each.seed, temperature) for each in written]
+    assert asked == [([each.seed for each in written], temperature)]
     assert all((each.seed is None) == (temperature == 0) for each in written)
 
 

@@ -10,7 +10,7 @@ from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.decoding import Generation, generate
 from vllm_redrafter.core.drafter import ReDrafter
 from vllm_redrafter.core.noise import NoisySampler
-from vllm_redrafter.training.simulation import Steps, Writing, accepted_ranks, mean_acceptance_length, simulate
+from vllm_redrafter.training.simulation import Steps, Writing, mean_acceptance_length, simulate
 from vllm_redrafter.training.target import FrozenTarget
 
 NUM_TOKENS = 24
@@ -56,8 +56,7 @@ def test_simulated_steps_are_those_of_decoding(
     generation = generate(target.model, drafter, PROMPT, NUM_TOKENS, shape=beams, num_nodes=num_nodes, sample=sample)
 
     writing = written(target, drafter, generation)._replace(seed=seed)
-    ranks = accepted_ranks(drafter, target.embed, writing, beams, num_nodes, temperature=temperature)
-    steps = simulate(ranks, len(PROMPT), num_nodes)
+    ((steps,),) = simulate(drafter, target.embed, [writing], beams, [num_nodes], temperature=temperature)
 
     # the text ends within the last step, which may have accepted more than was kept
     assert steps.num_accepted[:-1] == generation.num_accepted[: len(steps.num_accepted) - 1]
@@ -81,23 +80,36 @@ def test_one_search_serves_all_budgets() -> None:
     document = make_documents(30)[0]
     writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test")
 
-    most = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), 32, temperature=0.0)
+    budgets = [1, 3, 8, 32]
+    together = simulate(drafter, target.embed, [writing], BeamShape(4, 5), budgets, temperature=0.0)
 
-    for num_nodes in (1, 3, 8):
-        own = accepted_ranks(drafter, target.embed, writing, BeamShape(4, 5), num_nodes, temperature=0.0)
-        assert simulate(most, 4, num_nodes) == simulate(own, 4, num_nodes)
+    assert together == [
+        *(simulate(drafter, target.embed, [writing], BeamShape(4, 5), [each], temperature=0.0)[0] for each in budgets)
+    ]
+    assert together[0] != together[-1]
 
 
-def test_long_texts_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_are_searched_together_in_batches_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
     target = make_target()
     drafter = taught(target)
-    document = make_documents(40)[0]
-    writing = Writing(document.token_ids, target.hidden(document.token_ids), 4, "test", seed=3)
-    whole = accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, temperature=1.0)
+    writings = [
+        Writing(document.token_ids, target.hidden(document.token_ids), 4, "test", seed)
+        for document, seed in zip(make_documents(40, 3, 4, 5, 25, 31), (3, 4, 5, 6, 7, None), strict=True)
+    ]
+    alone = [
+        simulate(drafter, target.embed, [each], BeamShape(3, 4), [8], temperature=temperature)[0][0]
+        for each in writings
+    ]
 
-    monkeypatch.setattr("vllm_redrafter.training.simulation._POSITIONS_PER_SEARCH", 7)
+    for num_roots in (256, 2):
+        monkeypatch.setattr("vllm_redrafter.training.simulation._ROOTS_PER_SEARCH", num_roots)
+        (together,) = simulate(drafter, target.embed, writings, BeamShape(3, 4), [8], temperature=temperature)
+        assert together == alone
 
-    assert torch.equal(accepted_ranks(drafter, target.embed, writing, BeamShape(3, 4), 8, temperature=1.0), whole)
+    assert [bool(each.num_accepted) for each in alone] == [True, False, False, False, True, True]
 
 
 def test_the_mean_weighs_steps_and_not_texts() -> None:

@@ -13,7 +13,7 @@ from vllm_redrafter.training.batch import Batch, collate, predictable
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.packing import pack
 from vllm_redrafter.training.rollout import TOP_K, Objective, Rollout
-from vllm_redrafter.training.simulation import Writing, accepted_ranks, mean_acceptance_length, simulate
+from vllm_redrafter.training.simulation import Writing, mean_acceptance_length, simulate
 from vllm_redrafter.training.target import FrozenTarget
 from vllm_redrafter.training.transcripts import Transcript
 
@@ -67,19 +67,13 @@ def acceptance(
     drafter: ReDrafter, held_out: HeldOut, shape: BeamShape, budgets: Sequence[int], temperature: float
 ) -> list[Acceptance]:
     """Return what trees of each budget of nodes yield, for all texts together and, of several sources, for each."""
-    ranks = [
-        accepted_ranks(drafter, held_out.embed, each, shape, max(budgets), temperature=temperature)
-        for each in held_out.writings
-    ]
+    by_budget = simulate(drafter, held_out.embed, held_out.writings, shape, budgets, temperature=temperature)
     sources = sorted({each.source for each in held_out.writings})
     rows = []
     for source in [ALL, *(sources if len(sources) > 1 else [])]:
-        for budget in budgets:
-            steps = [
-                simulate(rank, each.num_prompt_tokens, budget)
-                for rank, each in zip(ranks, held_out.writings, strict=True)
-                if source in (ALL, each.source)
-            ]
+        for budget, of_budget in zip(budgets, by_budget, strict=True):
+            pairs = zip(of_budget, held_out.writings, strict=True)
+            steps = [taken for taken, each in pairs if source in (ALL, each.source)]
             accepted = torch.tensor([number for each in steps for number in each.num_accepted])
             by_depth = [float((accepted >= depth).float().mean()) for depth in range(1, shape.length + 1)]
             length = mean_acceptance_length(steps)
