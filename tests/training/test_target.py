@@ -59,7 +59,7 @@ def test_the_hidden_states_of_training_are_those_that_decoding_hands_the_drafter
         torch.testing.assert_close(view.embeddings[0, part], reading.embed(document.token_ids))
         expected = seen.logits.float().log_softmax(dim=-1)
         last_hidden = view.hidden[0, part, :HIDDEN]
-        torch.testing.assert_close(target.log_probs(last_hidden), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target.logits(last_hidden).log_softmax(dim=-1), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(target.hidden(document.token_ids, [0, 1]), seen.hidden, rtol=1e-4, atol=1e-5)
         assert torch.equal(target.read(batch).hidden, view.hidden[..., :HIDDEN])
 

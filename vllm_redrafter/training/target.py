@@ -82,19 +82,16 @@ class FrozenTarget:
         return functional.embedding(token_ids, self._embedding.weight)
 
     @torch.no_grad()
-    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., hidden_size] -> [..., vocab_size]
-        """Return the target's distribution of the next token, in fp32."""
-        return self._logits(hidden).log_softmax(dim=-1)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head(hidden.to(self.head_weight.dtype)).float()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., hidden_size] -> [..., vocab_size]
+        """Return the target's scores of the next token; where there is no soft cap, in its head's precision."""
+        logits: torch.Tensor = self._head(hidden.to(self.head_weight.dtype))
         if self._soft_cap is not None:
-            logits = self._soft_cap * torch.tanh(logits / self._soft_cap)
+            logits = self._soft_cap * torch.tanh(logits.float() / self._soft_cap)
         return logits
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """See on a few tokens that `log_probs` is the target's own distribution.
+        """See on a few tokens that `logits` are the target's own distribution.
 
         Raises:
             NotImplementedError: its logits are not its head's product with the last hidden state (and a soft cap).
@@ -102,7 +99,7 @@ class FrozenTarget:
         length = min(_PROBE_LENGTH, self.vocab_size)
         token_ids = torch.arange(length, device=self.head_weight.device)[None]
         expected = self.model(input_ids=token_ids, use_cache=False).logits.float()
-        found = self._logits(self._decoder(input_ids=token_ids, use_cache=False).last_hidden_state)
+        found = self.logits(self._decoder(input_ids=token_ids, use_cache=False).last_hidden_state).float()
         tolerance = _TOLERANCE[self.head_weight.dtype] * float(expected.abs().max())
         if not torch.allclose(found, expected, rtol=0, atol=tolerance):
             raise NotImplementedError(
