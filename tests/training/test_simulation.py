@@ -84,7 +84,7 @@ def test_one_search_serves_all_budgets() -> None:
     together = simulate(drafter, target.embed, [writing], BeamShape(4, 5), budgets, temperature=0.0)
 
     assert together == [
-        *(simulate(drafter, target.embed, [writing], BeamShape(4, 5), [each], temperature=0.0)[0] for each in budgets)
+        simulate(drafter, target.embed, [writing], BeamShape(4, 5), [each], temperature=0.0)[0] for each in budgets
     ]
     assert together[0] != together[-1]
 

@@ -67,18 +67,21 @@ def simulate(
     walks = [[_Walk(text, each.num_prompt_tokens - 1, []) for text, each in enumerate(writings)] for _ in budgets]
     ranks: dict[_Root, list[int]] = {}
     while True:
-        roots = [walk.root for of_budget in walks for walk in of_budget if walk.position < texts[walk.text].num_roots]
-        if not roots:
+        going = [
+            (num_nodes, walk)
+            for num_nodes, of_budget in zip(budgets, walks, strict=True)
+            for walk in of_budget
+            if walk.position < texts[walk.text].num_roots
+        ]
+        if not going:
             return [[Steps(walk.num_accepted) for walk in of_budget] for of_budget in walks]
         # budgets come through the same places, not always in the same round
-        new = sorted(set(roots) - ranks.keys())
+        new = sorted({walk.root for _, walk in going} - ranks.keys())
         for part in _batches(new, texts):
             found = _accepted_ranks(drafter, embed, texts, part, shape, max(budgets), temperature)
             ranks |= zip(part, found.tolist(), strict=True)
-        for num_nodes, of_budget in zip(budgets, walks, strict=True):
-            for walk in of_budget:
-                if walk.position < texts[walk.text].num_roots:
-                    walk.accept(sum(rank < num_nodes for rank in ranks[walk.root]))
+        for num_nodes, walk in going:
+            walk.accept(sum(rank < num_nodes for rank in ranks[walk.root]))
 
 
 class _Root(NamedTuple):
