@@ -71,7 +71,7 @@ def test_a_drafter_is_trained_and_evaluated(
     assert written == {name: found[name] for name in ("offsets", "acceptance")}
     seen = {(row["source"], row["temperature"], row["beam_width"], row["num_nodes"]) for row in written["acceptance"]}
     assert {("all", 0.0, 4, 8), ("odd", 1.0, 4, 2), ("even", 0.0, 1, 2)} <= seen
-    assert [row["offset"] for row in written["offsets"]] == [1, 2, 3, 4, 5]
+    assert [row["offset"] for row in written["offsets"]] == [1, 2, 3, 4, 5, 6]
     (largest,) = (
         row["mean_acceptance_length"]
         for row in written["acceptance"]
@@ -173,6 +173,14 @@ def test_a_training_that_is_told_to_end_saves_and_can_be_resumed(target: str, da
     assert checkpoint.load_drafter(output).config.exit_dim == 32
     last = max(int(path.parent.name.rpartition("-")[2]) for path in output.glob("checkpoints/*/trainer_state.json"))
     assert last == told["num_steps"]
+
+
+@pytest.mark.parametrize(("typed", "given"), [("300", 300), ("all", "all")])
+def test_the_draft_vocabulary_has_a_size_or_is_all(typed: str, given: int | str) -> None:
+    parser = argparse.ArgumentParser()
+    train.add_parser(parser.add_subparsers())
+
+    assert train._given(parser.parse_args(["train", "--draft-vocab-size", typed])) == {"draft_vocab_size": given}
 
 
 def test_every_field_of_the_objective_that_has_an_option_is_taken_from_it() -> None:

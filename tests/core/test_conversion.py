@@ -201,7 +201,7 @@ def test_the_tokenizer_and_the_records_beside_a_drafter_come_along(ours: Path, t
     [
         (
             {"draft_vocab_size": 7},
-            r"a draft vocabulary \(its head knows 7 of 60 tokens\): train a drafter without draft_vocab_size$",
+            r"a draft vocabulary \(its head knows 7 of 60 tokens\): train a drafter with --draft-vocab-size all$",
         ),
         (
             {"tie_lm_head": True, "exit_dim": 4},

@@ -42,6 +42,22 @@ def test_of_equally_frequent_words_the_one_seen_more_often_and_then_the_lower_id
     assert choose_draft_vocabulary(documents, 2, 10).target_ids.tolist() == [3, 6]
 
 
+def test_without_a_size_what_makes_up_98_percent_of_the_text_is_kept_in_a_round_number() -> None:
+    # token i is said 200 - i times, the last hundred tokens never: 20,100 in all
+    text = [token for token in range(200) for _ in range(200 - token)]
+    documents = [document(text, [1] * len(text))]
+
+    vocabulary = choose_draft_vocabulary(documents, None, 300)
+
+    # 98% are the first 172: then 28 tokens are left, which are said 406 times
+    assert vocabulary.target_ids.tolist() == list(range(192))
+    assert vocabulary.coverage == pytest.approx(1 - 36 / 20_100)
+
+
+def test_without_a_size_there_are_no_more_tokens_than_the_target_has() -> None:
+    assert choose_draft_vocabulary(DOCUMENTS, None, 10).target_ids.tolist() == list(range(10))
+
+
 @pytest.mark.parametrize("size", [0, 11])
 def test_a_size_out_of_range_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"draft_vocab_size is {size}, but it must be from 1 to 10"):

@@ -42,17 +42,32 @@ def test_what_is_left_serves_and_says_how_it_was_made(tmp_path: Path, tokenizer:
     config = drafter.config
     assert (config.exit_dim, config.draft_vocab_size, config.num_speculative_tokens) == (24, 30, 6)
     assert (config.verifier, config.verifier_architectures) == ("someone/target", ["LlamaForCausalLM"])
-    assert config.draft_length == config.trained_draft_length == 5
+    assert config.draft_length == config.trained_draft_length == 6
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]["<s>"] == 1
     told = json.loads((tmp_path / "provenance.json").read_text())
     assert told["target"] == "someone/target"
     assert told["data"] == [{"name": "d.jsonl", "sha256": "0"}]
     assert told["recipe"]["objective"]["loss"] == "kl"
     assert 0.5 < told["coverage"] < 1
+    assert trained.coverage == told["coverage"]
     assert {"torch", "transformers"} <= told["versions"].keys()
     assert (trained.num_steps, trained.stopped_early) == (4, False)
     assert trained.acceptance_length is not None
     assert trained.acceptance_length >= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [(None, None), ("all", None), (VOCAB, VOCAB)],
+    ids=["as many as 64, which are all", "all", "as many as there are"],
+)
+def test_a_head_that_knows_every_token_needs_no_draft_vocabulary(
+    size: Any, found: int | None, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    trained = train(make_documents(*[20, 14, 30, 9] * 6), tmp_path, tokenizer, Recipe(**FAST, draft_vocab_size=size))
+
+    assert checkpoint.load_drafter(tmp_path).config.draft_vocab_size == found
+    assert trained.coverage == 1
 
 
 @pytest.mark.parametrize(
@@ -181,8 +196,8 @@ def test_what_is_left_open_is_chosen_for_the_target_and_the_data() -> None:
     assert given.num_tokens(1_000_000) == 500_000
     assert Recipe(**FAST, gradient_accumulation=3).num_tokens(1) == 4 * 3 * 2 * 32
 
-    assert (small.learning_rate, small.batch_size, small.epochs) == (pytest.approx(0.003), 2, 8)
-    assert (large.learning_rate, large.batch_size, large.epochs) == (pytest.approx(0.06 / 64), 1, 3)
+    assert (small.learning_rate, small.batch_size, small.epochs) == (pytest.approx(0.003), 2, 11)
+    assert (large.learning_rate, large.batch_size, large.epochs) == (pytest.approx(0.06 / 64), 1, 1)
     assert (given.learning_rate, given.batch_size, given.epochs) == (0.1, 3, 0.5)
 
 

@@ -52,7 +52,13 @@ def _add_model(group: Any) -> None:
     _add(group, "exit-dim", metavar="N", type=count, help="width of blocks and head (default: twice the hidden size)")
     _add(group, "num-draft-layers", metavar="N", type=options.count, help="residual blocks (default: 2)")
     _add(group, "no-rnn", action="store_true", help="sum embeddings instead of running an RNN over them")
-    _add(group, "draft-vocab-size", metavar="N", type=count, help="tokens that the head knows (default: all)")
+    _add(
+        group,
+        "draft-vocab-size",
+        metavar="N",
+        type=_vocab_size,
+        help="tokens that the head knows, or `all` (default: as many as make up 98%% of the data)",
+    )
     _add(group, "tie-head", action="store_true", help="use the target's own head")
     layers = options.list_of(options.count)
     _add(group, "fused-layers", metavar="N,...", type=layers, help="target layers it sees besides the last (from 0)")
@@ -60,9 +66,13 @@ def _add_model(group: Any) -> None:
     _add(group, "num-speculative-tokens", metavar="N", type=options.node_budget, help="tree nodes (default: 8)")
 
 
+def _vocab_size(text: str) -> int | str:
+    return text if text == "all" else options.positive_int(text)
+
+
 def _add_loss(group: Any) -> None:
     _add(group, "loss", choices=("ce", "kl", "lk"), help="data, target's distribution, accepted mass (default: kl)")
-    _add(group, "num-offsets", metavar="N", type=options.positive_int, help="tokens ahead that are learnt (default: 5)")
+    _add(group, "num-offsets", metavar="N", type=options.positive_int, help="tokens ahead that are learnt (default: 6)")
     _add(group, "decay", metavar="X", type=options.positive_number, help="weight of an offset to the one before (1.0)")
     _add(group, "reach", metavar="P", type=float, help="text less likely than P is followed no deeper (default: 0.02)")
     _add(group, "own-tokens", metavar="P", type=float, help="share of the drafter's own tokens in the state (0.0)")
@@ -71,7 +81,7 @@ def _add_loss(group: Any) -> None:
 def _add_run(group: Any) -> None:
     count = options.positive_int
     _add(group, "max-length", metavar="N", type=count, help="tokens of a packed sequence (default: 2048 at most)")
-    _add(group, "epochs", metavar="X", type=options.positive_number, help="passes over the data (3, or 8M tokens)")
+    _add(group, "epochs", metavar="X", type=options.positive_number, help="passes over the data (1, or 11M tokens)")
     _add(group, "max-steps", metavar="N", type=count, help="steps instead of epochs")
     _add(group, "batch-size", metavar="N", type=count, help="packed sequences per process and pass (1024 tokens)")
     _add(group, "gradient-accumulation", metavar="N", type=count, help="passes per step (default: 1)")
@@ -193,6 +203,8 @@ def _tell(trained: Any, target: str) -> None:
         print(f"stopped at step {trained.num_steps}: the same command with --resume goes on")
     if trained.acceptance_length is not None:
         print(f"mean acceptance length on held-out texts, greedy: {trained.acceptance_length:.2f}")
+    if trained.coverage < 1:
+        print(f"{1 - trained.coverage:.1%} of the text are tokens that the drafter does not know (--draft-vocab-size)")
     config = json.dumps({"method": "redrafter", "model": str(trained.directory)})
     print(f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(config)}")
     told = {

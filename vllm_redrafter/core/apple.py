@@ -40,7 +40,7 @@ def write_fields(config: ReDrafterConfig, directory: str) -> dict[str, Any]:
     if config.draft_vocab_size is not None:
         raise ValueError(
             f"{rule} a draft vocabulary (its head knows {config.draft_vocab_size} of {config.vocab_size} tokens): "
-            "train a drafter without draft_vocab_size"
+            "train a drafter with --draft-vocab-size all"
         )
     if config.tie_lm_head:
         raise ValueError(

@@ -19,8 +19,11 @@ from vllm_redrafter.training.target import FrozenTarget
 
 _TOKENS_PER_BATCH = 1024
 """Small steps, many of them: the same tokens in larger ones leave a worse drafter."""
-_EPOCHS = 3.0
-_FEWEST_TOKENS = 8_000_000
+_FEWEST_TOKENS = 11_000_000
+"""Read once, text brings more than the same time spent on reading less of it again; of little text it takes so much."""
+
+ALL = "all"
+"""A draft vocabulary of every token that the target has."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Recipe:
     """Width of blocks and head; None for twice the hidden size, as Apple's drafters have it."""
     num_draft_layers: int = 2
     rnn: bool = True
-    draft_vocab_size: int | None = None
-    """Tokens that the head knows, the most frequent ones of the data; None for the target's whole vocabulary."""
+    draft_vocab_size: int | str | None = None
+    """Tokens that the head knows, the most frequent ones of the data: None for those that make up 98% of it, `ALL`."""
     tie_lm_head: bool = False
     fused_layers: tuple[int, ...] = ()
     """Layers of the target, counted from 0, whose outputs the drafter sees besides the last hidden state."""
@@ -42,7 +45,7 @@ class Recipe:
     max_length: int = 2048
     """Tokens of a packed sequence, and the most of a document."""
     epochs: float | None = None
-    """Passes over the data; None for three, and for more where those would be fewer than 8M tokens."""
+    """Passes over the data; None for one, and for more where that would be fewer than 11M tokens."""
     max_steps: int | None = None
     batch_size: int | None = None
     """Packed sequences per process and pass; None for as many as hold 1024 tokens, and one at least."""
@@ -64,7 +67,7 @@ class Recipe:
         """Return this recipe with what it leaves open chosen for a target of that width and that much data."""
         learning_rate = 0.06 / hidden_size**0.5 if self.learning_rate is None else self.learning_rate
         batch_size = max(1, _TOKENS_PER_BATCH // self.max_length) if self.batch_size is None else self.batch_size
-        epochs = max(_EPOCHS, _FEWEST_TOKENS / num_tokens) if self.epochs is None else self.epochs
+        epochs = max(1.0, _FEWEST_TOKENS / num_tokens) if self.epochs is None else self.epochs
         return replace(self, learning_rate=learning_rate, batch_size=batch_size, epochs=epochs)
 
     def num_tokens(self, num_tokens: int) -> float:
@@ -77,6 +80,7 @@ class Recipe:
 
 
 QUICK = Recipe(
+    objective=Objective(num_offsets=5),
     exit_dim=256,
     num_draft_layers=1,
     draft_vocab_size=1536,

@@ -50,7 +50,7 @@ class Objective:
 
     loss: str = "kl"
     """`ce`, `kl` or `lk` (`training.loss`)."""
-    num_offsets: int = 5
+    num_offsets: int = 6
     """Tokens predicted from every position, which is how deep the drafter learns to draft."""
     decay: float = 1.0
     """Weight of an offset relative to that of the one before."""

@@ -30,10 +30,10 @@ from vllm_redrafter import bootstrap, provenance
 from vllm_redrafter.core import checkpoint
 from vllm_redrafter.training import allocator
 from vllm_redrafter.training.documents import Document
-from vllm_redrafter.training.draft_vocabulary import choose_draft_vocabulary
+from vllm_redrafter.training.draft_vocabulary import DraftVocabulary, choose_draft_vocabulary
 from vllm_redrafter.training.evaluation import hold_out
 from vllm_redrafter.training.packing import pack
-from vllm_redrafter.training.recipe import Recipe, build_drafter, training_arguments
+from vllm_redrafter.training.recipe import ALL, Recipe, build_drafter, training_arguments
 from vllm_redrafter.training.rollout import Rollout
 from vllm_redrafter.training.stopping import StopOnSignal
 from vllm_redrafter.training.target import FrozenTarget
@@ -59,6 +59,8 @@ class Trained:
     """Whether a signal ended it: `resume` goes on."""
     acceptance_length: float | None
     """Of the drafter that was kept, on held-out texts, greedy; None where too little data was given to hold any out."""
+    coverage: float
+    """Share of the text to be learnt that the draft vocabulary holds."""
 
 
 def load_target(name: str, revision: str | None = None, dtype: str = "auto") -> tuple[FrozenTarget, Any]:
@@ -138,9 +140,8 @@ def train(
     target.to(arguments.device)
     if arguments.device.type == "cpu":
         allocator.keep_freed_memory()
-    vocabulary = None
-    if recipe.draft_vocab_size is not None:
-        vocabulary = choose_draft_vocabulary(train_documents, recipe.draft_vocab_size, target.vocab_size)
+    vocabulary = _draft_vocabulary(train_documents, recipe, target)
+    coverage = vocabulary.coverage if vocabulary else 1.0
     drafter = build_drafter(target, recipe, vocabulary, verifier)
     held_out = None
     if prompts:
@@ -165,11 +166,21 @@ def train(
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             # serving compares it with the target's
             tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
-        told = provenance.describe() | {"coverage": vocabulary.coverage if vocabulary else 1.0} | (record or {})
+        told = provenance.describe() | {"coverage": coverage} | (record or {})
         told |= {"target": verifier, "num_steps": trainer.state.global_step, "recipe": asdict(recipe)}
         told["documents_sha256"] = digest_documents(documents)
         (output / "provenance.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    return Trained(output, trainer.state.global_step, stop.stopped, trainer.state.best_metric)
+    return Trained(output, trainer.state.global_step, stop.stopped, trainer.state.best_metric, coverage)
+
+
+def _draft_vocabulary(documents: Sequence[Document], recipe: Recipe, target: FrozenTarget) -> DraftVocabulary | None:
+    """Return the tokens that the head is to know, or None for all that the target has."""
+    size = recipe.draft_vocab_size
+    if size == ALL:
+        return None
+    assert not isinstance(size, str)
+    vocabulary = choose_draft_vocabulary(documents, size, target.vocab_size)
+    return None if size is None and len(vocabulary.target_ids) == target.vocab_size else vocabulary
 
 
 def prepare_output(output: Path, *, overwrite: bool, resume: bool) -> None:
