@@ -19,7 +19,7 @@ from vllm_redrafter.training.target import FrozenTarget
 
 _TOKENS_PER_BATCH = 1024
 """Small steps, many of them: the same tokens in larger ones leave a worse drafter."""
-_FEWEST_TOKENS = 11_000_000
+_FEWEST_TOKENS = 10_000_000
 """Read once, text brings more than the same time spent on reading less of it again; of little text it takes so much."""
 
 ALL = "all"
@@ -45,7 +45,7 @@ class Recipe:
     max_length: int = 2048
     """Tokens of a packed sequence, and the most of a document."""
     epochs: float | None = None
-    """Passes over the data; None for one, and for more where that would be fewer than 11M tokens."""
+    """Passes over the data; None for one, and for more where that would be fewer than 10M tokens."""
     max_steps: int | None = None
     batch_size: int | None = None
     """Packed sequences per process and pass; None for as many as hold 1024 tokens, and one at least."""
