@@ -11,7 +11,7 @@ from vllm_redrafter.training.packing import pack
 
 def test_the_alignment_is_that_of_six_tokens_and_two_offsets() -> None:
     """Offset 0 pairs t = 0..3 with tokens 2..5, offset 1 pairs t = 0..2 with tokens 3..5."""
-    batch = Batch(torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None])
+    batch = Batch(torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool), torch.arange(6)[None], torch.tensor([0]))
 
     valid = predictable(batch, 2)
 

@@ -314,7 +314,9 @@ def test_the_loss_of_apples_own_example_is_theirs() -> None:
             ],
         ]
     ).reshape(2, 4, 3)
-    batch = Batch(torch.tensor([[0, 1, 2, 1]]), torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None])
+    batch = Batch(
+        torch.tensor([[0, 1, 2, 1]]), torch.ones(1, 4, dtype=torch.bool), torch.arange(4)[None], torch.tensor([0])
+    )
     rollout = Rollout(Scripted(logits), Counting(), Objective(loss="ce", num_offsets=2))  # type: ignore[arg-type]
 
     report = step(rollout, batch)

@@ -18,6 +18,7 @@ from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import DraftVocabulary
 from vllm_redrafter.training.recipe import Recipe, build_drafter, choose, training_arguments
 from vllm_redrafter.training.rollout import Objective, Rollout
+from vllm_redrafter.training.target import FrozenTarget
 
 FAST: dict[str, Any] = {"max_length": 32, "max_steps": 4, "batch_size": 2, "num_evaluations": 2, "bf16": False}
 
@@ -91,6 +92,31 @@ def test_a_run_compiles_where_it_is_long_and_there_is_a_compiler(
     train(make_documents(*[20, 14, 30, 9] * 6), tmp_path, tokenizer, Recipe(**FAST | {"max_steps": most_steps}))
 
     assert len(compiled) == compiles
+
+
+def test_a_second_pass_over_the_data_does_not_run_the_target(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Any] = []
+    hidden = FrozenTarget._hidden
+
+    def counted(self: FrozenTarget, fused_layers: Any, **inputs: torch.Tensor) -> torch.Tensor:
+        # documents are packed where there are positions
+        runs.extend([None] * ("position_ids" in inputs))
+        return hidden(self, fused_layers, **inputs)
+
+    monkeypatch.setattr(FrozenTarget, "_hidden", counted)
+    documents, nums_runs = make_documents(*[20, 14, 30, 9] * 6), []
+    for gib in (0.0, 1.0):
+        runs.clear()
+        recipe = Recipe(**FAST | {"max_steps": None}, epochs=3, remembered_gib=gib)
+        train(documents, tmp_path / str(gib), tokenizer, recipe)
+        nums_runs.append(len(runs))
+
+    assert nums_runs[0] == 3 * nums_runs[1] > 0
+    forgetful, remembering = (checkpoint.load_drafter(tmp_path / str(gib)).state_dict() for gib in (0.0, 1.0))
+    for name, tensor in forgetful.items():
+        torch.testing.assert_close(remembering[name], tensor)
 
 
 def test_a_training_that_ended_goes_on_from_its_last_checkpoint(
@@ -196,8 +222,8 @@ def test_what_is_left_open_is_chosen_for_the_target_and_the_data() -> None:
     assert given.num_tokens(1_000_000) == 500_000
     assert Recipe(**FAST, gradient_accumulation=3).num_tokens(1) == 4 * 3 * 2 * 32
 
-    assert (small.learning_rate, small.batch_size, small.epochs) == (pytest.approx(0.003), 2, 10)
-    assert (large.learning_rate, large.batch_size, large.epochs) == (pytest.approx(0.06 / 64), 1, 1)
+    assert (small.learning_rate, small.batch_size, small.epochs) == (pytest.approx(0.003), 2, 12)
+    assert (large.learning_rate, large.batch_size, large.epochs) == (pytest.approx(0.06 / 64), 1, 3)
     assert (given.learning_rate, given.batch_size, given.epochs) == (0.1, 3, 0.5)
 
 

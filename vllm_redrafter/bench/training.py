@@ -37,7 +37,7 @@ def measure(target: FrozenTarget, recipe: Recipe, *, num_sequences: int, length:
     device = target.device
     token_ids = torch.randint(target.vocab_size, (num_sequences, length), device=device)
     positions = torch.arange(length, device=device).expand(num_sequences, length)
-    batch = Batch(token_ids, torch.ones_like(token_ids, dtype=torch.bool), positions)
+    batch = Batch(token_ids, torch.ones_like(token_ids, dtype=torch.bool), positions, torch.arange(num_sequences))
     costs = [_cost("target's forward", lambda: target.read(batch), device, 0)]
     for loss in TOKEN_LOSSES:
         # every text is followed to its end: the most that a step may need

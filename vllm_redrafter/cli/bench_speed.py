@@ -52,7 +52,7 @@ def add_parser(benches: Any) -> None:
     parser.add_argument(
         "--temperature",
         metavar="X,...",
-        type=options.list_of(options.temperature),
+        type=options.list_of(options.number),
         default=(0.0, 1.0),
         help="0 is greedy, else seeded (default: 0,1)",
     )

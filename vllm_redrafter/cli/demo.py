@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
         "--max-tokens", metavar="N", type=options.positive_int, default=64, help="per answer (default: 64)"
     )
     parser.add_argument(
-        "--temperature", metavar="X", type=options.temperature, default=0.0, help="0 is greedy (default); else seeded"
+        "--temperature", metavar="X", type=options.number, default=0.0, help="0 is greedy (default); else seeded"
     )
     parser.add_argument(
         "--color", choices=color.CHOICES, default="auto", help="colour of accepted drafts (default: auto)"

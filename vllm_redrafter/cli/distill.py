@@ -51,9 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--max-tokens", metavar="N", type=count, default=512, help="per answer (default: 512)")
     parser.add_argument("--max-model-len", metavar="N", type=count, help="of prompt and answer (default: the target's)")
-    parser.add_argument(
-        "--temperature", metavar="X", type=options.temperature, default=0.0, help="0 is greedy (default)"
-    )
+    parser.add_argument("--temperature", metavar="X", type=options.number, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", metavar="P", type=options.probability, default=1.0, help="nucleus (default: 1)")
     parser.add_argument("--seed", metavar="N", type=int, help="the same text again with the same seed")
     parser.add_argument("--batch-size", metavar="N", type=count, default=32, help="prompts at once (default: 32)")

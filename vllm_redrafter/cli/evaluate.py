@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--temperature",
         metavar="X,...",
-        type=options.list_of(options.temperature),
+        type=options.list_of(options.number),
         default=TEMPERATURES,
         help="0 is greedy (default: 0,1)",
     )

@@ -34,9 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text, also where there is a chat template")
     count = options.positive_int
     parser.add_argument("--max-tokens", metavar="N", type=count, default=256, help="per answer (default: 256)")
-    parser.add_argument(
-        "--temperature", metavar="X", type=options.temperature, default=0.0, help="0 is greedy (default)"
-    )
+    parser.add_argument("--temperature", metavar="X", type=options.number, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", metavar="P", type=options.probability, default=1.0, help="nucleus (default: 1)")
     parser.add_argument("--seed", metavar="N", type=int, help="the same text again with the same seed")
     parser.add_argument("--batch-size", metavar="N", type=count, default=8, help="prompts at once (default: 8)")

@@ -44,8 +44,8 @@ def node_budget(text: str) -> int:
     return int(text)
 
 
-def temperature(text: str) -> float:
-    """Parse a temperature, 0 or more."""
+def number(text: str) -> float:
+    """Parse a number of at least 0."""
     value = _number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")

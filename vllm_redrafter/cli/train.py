@@ -74,14 +74,15 @@ def _add_loss(group: Any) -> None:
     _add(group, "loss", choices=("ce", "kl", "lk"), help="data, target's distribution, accepted mass (default: kl)")
     _add(group, "num-offsets", metavar="N", type=options.positive_int, help="tokens ahead that are learnt (default: 6)")
     _add(group, "decay", metavar="X", type=options.positive_number, help="weight of an offset to the one before (1.0)")
-    _add(group, "reach", metavar="P", type=float, help="text less likely than P is followed no deeper (default: 0.02)")
+    _add(group, "reach", metavar="P", type=float, help="text less likely than P is followed no deeper (default: 0.05)")
     _add(group, "own-tokens", metavar="P", type=float, help="share of the drafter's own tokens in the state (0.0)")
 
 
 def _add_run(group: Any) -> None:
     count = options.positive_int
     _add(group, "max-length", metavar="N", type=count, help="tokens of a packed sequence (default: 2048 at most)")
-    _add(group, "epochs", metavar="X", type=options.positive_number, help="passes over the data (1, or 10M tokens)")
+    _add(group, "epochs", metavar="X", type=options.positive_number, help="passes over the data (3, or 12M tokens)")
+    _add(group, "remembered-gib", metavar="X", type=options.number, help="memory for the target's hidden states (4)")
     _add(group, "max-steps", metavar="N", type=count, help="steps instead of epochs")
     _add(group, "batch-size", metavar="N", type=count, help="packed sequences per process and pass (1024 tokens)")
     _add(group, "gradient-accumulation", metavar="N", type=count, help="passes per step (default: 1)")
@@ -162,7 +163,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what was given of the recipe, under the names of its fields."""
     names = (
         *("exit_dim", "num_draft_layers", "draft_vocab_size", "fused_layers", "beam_width", "num_speculative_tokens"),
-        *("loss", "num_offsets", "decay", "reach", "own_tokens", "max_length", "epochs", "max_steps"),
+        *("loss", "num_offsets", "decay", "reach", "own_tokens", "max_length", "epochs", "max_steps", "remembered_gib"),
         *("batch_size", "gradient_accumulation", "learning_rate", "patience", "num_evaluations", "seed", "bf16"),
     )
     given = {name: getattr(arguments, name) for name in names}

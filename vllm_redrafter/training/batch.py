@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     token_ids: torch.Tensor  # [sequences, length] int64
     is_target: torch.Tensor  # [sequences, length] bool
     position_ids: torch.Tensor  # [sequences, length]: starts anew at 0 with every document
+    numbers: torch.Tensor  # [sequences]: places in the data
 
 
 def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
@@ -32,7 +33,9 @@ def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
         columns[0].append(functional.pad(sequence.token_ids, (0, padding)))
         columns[1].append(functional.pad(sequence.is_target, (0, padding)))
         columns[2].append(torch.cat((sequence.position_ids, torch.arange(padding))))
-    return Batch(*(torch.stack(column) for column in columns))._asdict()
+    numbers = torch.tensor([sequence.number for sequence in sequences])
+    token_ids, is_target, position_ids = (torch.stack(column) for column in columns)
+    return Batch(token_ids, is_target, position_ids, numbers)._asdict()
 
 
 def predictable(batch: Batch, num_offsets: int) -> torch.Tensor:

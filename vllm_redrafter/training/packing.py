@@ -21,6 +21,8 @@ class PackedSequence(NamedTuple):
     token_ids: torch.Tensor  # [length] int64
     is_target: torch.Tensor  # [length] bool
     position_ids: torch.Tensor  # [length] int64, from 0 in every document
+    number: int
+    """Its place among all of the data's."""
 
 
 def pack(documents: Sequence[Document], max_length: int) -> list[PackedSequence]:
@@ -46,12 +48,13 @@ def pack(documents: Sequence[Document], max_length: int) -> list[PackedSequence]
             room, number = rooms.pop(place)
         bins[number].append(index)
         insort(rooms, (room - length, number))
-    return [_join([documents[index] for index in sorted(members)]) for members in bins]
+    return [_join([documents[index] for index in sorted(bins[number])], number) for number in range(len(bins))]
 
 
-def _join(documents: Sequence[Document]) -> PackedSequence:
+def _join(documents: Sequence[Document], number: int) -> PackedSequence:
     return PackedSequence(
         torch.cat([document.token_ids for document in documents]),
         torch.cat([document.is_target for document in documents]),
         torch.cat([torch.arange(len(document.token_ids)) for document in documents]),
+        number,
     )

@@ -19,8 +19,8 @@ from vllm_redrafter.training.target import FrozenTarget
 
 _TOKENS_PER_BATCH = 1024
 """Small steps, many of them: the same tokens in larger ones leave a worse drafter."""
-_FEWEST_TOKENS = 10_000_000
-"""Read once, text brings more than the same time spent on reading less of it again; of little text it takes so much."""
+_EPOCHS = 3.0
+_FEWEST_TOKENS = 12_000_000
 
 ALL = "all"
 """A draft vocabulary of every token that the target has."""
@@ -45,7 +45,9 @@ class Recipe:
     max_length: int = 2048
     """Tokens of a packed sequence, and the most of a document."""
     epochs: float | None = None
-    """Passes over the data; None for one, and for more where that would be fewer than 10M tokens."""
+    """Passes over the data; None for three, and for more where those would be fewer than 12M tokens."""
+    remembered_gib: float = 4.0
+    """Memory for what the target said of the data, so that a second pass need not run it."""
     max_steps: int | None = None
     batch_size: int | None = None
     """Packed sequences per process and pass; None for as many as hold 1024 tokens, and one at least."""
@@ -67,7 +69,7 @@ class Recipe:
         """Return this recipe with what it leaves open chosen for a target of that width and that much data."""
         learning_rate = 0.06 / hidden_size**0.5 if self.learning_rate is None else self.learning_rate
         batch_size = max(1, _TOKENS_PER_BATCH // self.max_length) if self.batch_size is None else self.batch_size
-        epochs = max(1.0, _FEWEST_TOKENS / num_tokens) if self.epochs is None else self.epochs
+        epochs = max(_EPOCHS, _FEWEST_TOKENS / num_tokens) if self.epochs is None else self.epochs
         return replace(self, learning_rate=learning_rate, batch_size=batch_size, epochs=epochs)
 
     def num_tokens(self, num_tokens: int) -> float:

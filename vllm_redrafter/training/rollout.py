@@ -56,7 +56,7 @@ class Objective:
     """Weight of an offset relative to that of the one before."""
     own_tokens: float = 0.0
     """How often the state reads the drafter's own best token in the place of the text's."""
-    reach: float = 0.02
+    reach: float = 0.05
     """Probability that the drafter must give the text so far for its next token to count; 0 follows every text."""
     chunk_size: int | None = None
     """Positions whose logits are in memory at the same time; None for as many as suit the size of the head."""

@@ -146,6 +146,8 @@ def train(
     held_out = None
     if prompts:
         held_out = hold_out(target, transcribe(target, prompts, answer_length), drafter.config.fused_layers)
+    if recipe.num_tokens(num_tokens) > num_tokens:
+        target.remember(int(recipe.remembered_gib * 2**30))
     stop = StopOnSignal()
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
     rollout = Rollout(drafter, target, recipe.objective)

@@ -1,0 +1,53 @@
+"""The target's hidden states of text that was read before: a second pass over the data need not run the target.
+
+They are kept in the computer's own memory, also where the target is on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from vllm_redrafter.training.batch import Batch
+
+
+class HiddenMemory:
+    """Hidden states by the number of the packed sequence that they belong to.
+
+    Args:
+        most_bytes: what is read when that much is kept is computed anew every time.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
+        self._hidden: dict[int, torch.Tensor] = {}
+
+    def read(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+        """Return what `compute` returns, [sequences, length, input_size], for sequences it has not returned before.
+
+        Of the others it is what it was then, but for padding.
+        """
+        numbers = batch.numbers.tolist()
+        missing = [row for row, number in enumerate(numbers) if number not in self._hidden]
+        computed = compute(Batch(*(field[missing] for field in batch))) if missing else None
+        length, device = batch.token_ids.shape[1], batch.token_ids.device
+        fresh = dict(zip(missing, () if computed is None else computed, strict=True))
+        rows = []
+        for row, number in enumerate(numbers):
+            if row in fresh:
+                self._keep(number, fresh[row])
+                rows.append(fresh[row])
+            else:
+                kept = self._hidden[number][:length].to(device)
+                rows.append(functional.pad(kept, (0, 0, 0, length - len(kept))))
+        return torch.stack(rows)
+
+    def _keep(self, number: int, hidden: torch.Tensor) -> None:
+        num_bytes = hidden.numel() * hidden.element_size()
+        if self._num_bytes + num_bytes <= self._most_bytes:
+            self._num_bytes += num_bytes
+            # a copy: the row is a view of the whole batch
+            self._hidden[number] = hidden.cpu().clone()
