@@ -43,15 +43,15 @@ def test_of_equally_frequent_words_the_one_seen_more_often_and_then_the_lower_id
 
 
 def test_without_a_size_what_makes_up_98_percent_of_the_text_is_kept_in_a_round_number() -> None:
-    # token i is said 200 - i times, the last hundred tokens never: 20,100 in all
-    text = [token for token in range(200) for _ in range(200 - token)]
+    # token i is said 280 - i times, the last twenty tokens never: 39,340 in all
+    text = [token for token in range(280) for _ in range(280 - token)]
     documents = [document(text, [1] * len(text))]
 
     vocabulary = choose_draft_vocabulary(documents, None, 300)
 
-    # 98% are the first 172: then 28 tokens are left, which are said 406 times
-    assert vocabulary.target_ids.tolist() == list(range(192))
-    assert vocabulary.coverage == pytest.approx(1 - 36 / 20_100)
+    # 98% are the first 241; the 24 tokens beyond 256 are said 300 times
+    assert vocabulary.target_ids.tolist() == list(range(256))
+    assert vocabulary.coverage == pytest.approx(1 - 300 / 39_340)
 
 
 def test_without_a_size_there_are_no_more_tokens_than_the_target_has() -> None:

@@ -58,6 +58,6 @@ def choose_draft_vocabulary(documents: Sequence[Document], size: int | None, voc
     if size is None:
         held = num_said[ranked].cumsum(0) / num_said.sum()
         num_needed = int((held < _WORTH_LEARNING).sum()) + 1
-        size = min(-(-num_needed // _SIZE_STEP) * _SIZE_STEP, vocab_size)
+        size = -(-num_needed // _SIZE_STEP) * _SIZE_STEP
     target_ids = ranked[:size].sort().values
     return DraftVocabulary(target_ids, float(num_said[target_ids].sum() / num_said.sum()))

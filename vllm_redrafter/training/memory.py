@@ -41,7 +41,8 @@ class HiddenMemory:
                 self._keep(number, fresh[row])
                 rows.append(fresh[row])
             else:
-                kept = self._hidden[number][:length].to(device)
+                kept = self._hidden[number].to(device)
+                # padding is all that may be cut off
                 rows.append(functional.pad(kept, (0, 0, 0, length - len(kept))))
         return torch.stack(rows)
 
