@@ -183,6 +183,14 @@ def test_the_draft_vocabulary_has_a_size_or_is_all(typed: str, given: int | str)
     assert train._given(parser.parse_args(["train", "--draft-vocab-size", typed])) == {"draft_vocab_size": given}
 
 
+@pytest.mark.parametrize("typed", ["0", "some", "-3"])
+def test_another_draft_vocabulary_is_refused(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--draft-vocab-size", typed])
+
+    assert f"'{typed}' is neither an integer of at least 1 nor 'all'" in capsys.readouterr().err
+
+
 def test_every_field_of_the_objective_that_has_an_option_is_taken_from_it() -> None:
     parser = argparse.ArgumentParser()
     train.add_parser(parser.add_subparsers())

@@ -67,7 +67,11 @@ def _add_model(group: Any) -> None:
 
 
 def _vocab_size(text: str) -> int | str:
-    return text if text == "all" else options.positive_int(text)
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer of at least 1 nor 'all'")
+    return int(text)
 
 
 def _add_loss(group: Any) -> None:
