@@ -19,8 +19,8 @@ def test_every_loss_is_measured_with_the_logits_of_its_chunk() -> None:
 
     assert [step.name for step in steps] == ["step, ce", "step, kl", "step, lk"]
     assert forward.chunk_bytes == 0
-    # five offsets of as many positions as suit so small a head, and the target's own for each position
-    assert {step.chunk_bytes for step in steps} == {4 * 1024 * (5 * VOCAB + VOCAB)}
+    # six offsets of as many positions as suit so small a head, and the target's own for each position
+    assert {step.chunk_bytes for step in steps} == {4 * 1024 * (6 * VOCAB + VOCAB)}
     for cost in (forward, *steps):
         assert cost.peak_bytes > 0
         assert cost.seconds > 0
