@@ -16,8 +16,7 @@ from vllm_redrafter.core.decoding import generate
 from vllm_redrafter.core.drafter import ReDrafter
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.evaluation import as_documents
-from vllm_redrafter.training.recipe import Recipe
-from vllm_redrafter.training.rollout import Objective
+from vllm_redrafter.training.recipe import QUICK
 from vllm_redrafter.training.run import train
 from vllm_redrafter.training.target import FrozenTarget
 from vllm_redrafter.training.transcripts import Transcript, transcribe
@@ -27,14 +26,7 @@ SEED = 3
 PROMPT_LENGTHS = (8, 16, 32, 64)
 CONTINUATION_LENGTH = 160
 TEXTS_AT_ONCE = 64
-RECIPE = Recipe(
-    objective=Objective(num_offsets=5),
-    exit_dim=256,
-    num_draft_layers=1,
-    draft_vocab_size=1536,
-    max_length=512,
-    seed=SEED,
-)
+RECIPE = replace(QUICK, num_evaluations=10, seed=SEED)
 
 
 def write_texts(

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from tests.training.small import HIDDEN, make_documents, make_target
+from tests.training.small import HIDDEN, make_documents, make_drafter, make_target
+from vllm_redrafter.core.checkpoint import load_drafter
 from vllm_redrafter.training.batch import Batch, collate
+from vllm_redrafter.training.evaluation import accuracies
 from vllm_redrafter.training.memory import HiddenMemory
 from vllm_redrafter.training.packing import PackedSequence, pack
+from vllm_redrafter.training.recipe import Recipe
+from vllm_redrafter.training.rollout import Objective, Rollout
+from vllm_redrafter.training.run import train
 
 LENGTHS = [40, 100, 70, 130]
 NUM_BYTES = 4 * 128 * HIDDEN  # of one that is padded to 128 tokens
@@ -79,28 +87,37 @@ def test_what_does_not_fit_is_computed_every_time() -> None:
     assert compute.computed == [[0], [1], [0]]
 
 
-@torch.no_grad()
-def test_a_target_that_remembers_says_the_same_without_running_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, batch = make_target(), batch_of(0, 1)
-    expected = target.read(batch, fused_layers=[0])
-    target.remember(1 << 30)
+def test_a_rollout_that_remembers_sees_the_same_without_running_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter, batch = make_target(), make_drafter(fused_layers=[0]), batch_of(0, 1)
+    expected = Rollout(drafter, target, Objective())._view(batch)
+    remembering = Rollout(drafter, target, Objective(), HiddenMemory(1 << 30))
 
-    found = [target.read(batch, fused_layers=[0])]
+    found = [remembering._view(batch)]
     monkeypatch.setattr(target, "_decoder", None)
-    found.append(target.read(batch, fused_layers=[0]))
+    found.append(remembering._view(batch))
 
     for view in found:
         assert torch.equal(view.hidden, expected.hidden)
         assert torch.equal(view.embeddings, expected.embeddings)
 
 
-@torch.no_grad()
 def test_what_is_remembered_is_rounded_alike_the_first_time_and_later() -> None:
-    target, batch = make_target(), batch_of(0)
-    target.remember(1 << 30)
+    memory, compute = HiddenMemory(1 << 30), lambda batch: torch.randn(*batch.token_ids.shape, HIDDEN)
 
     with torch.autocast("cpu", torch.bfloat16):
-        first, second = target.read(batch), target.read(batch)
+        first, second = memory.read(batch_of(0), compute), memory.read(batch_of(0), compute)
 
-    assert first.hidden.dtype == torch.bfloat16
-    assert torch.equal(first.hidden, second.hidden)
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, second)
+
+
+def test_what_one_training_remembers_another_does_not_see(tmp_path: Path) -> None:
+    target = make_target()
+    recipe = Recipe(max_length=32, epochs=2, batch_size=2, num_evaluations=1, bf16=False)
+    tokenizer: Any = None
+    train(target, tokenizer, make_documents(*[20, 14, 30, 9] * 6), tmp_path, recipe, verifier="someone/target")
+    drafter, documents = load_drafter(tmp_path), make_documents(20, 14, 30, 9, seed=1)
+
+    found = accuracies(drafter, target, documents)
+
+    assert found == accuracies(drafter, make_target(), documents)

@@ -31,7 +31,7 @@ def count(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """Parse a number above 0."""
-    value = _number(text)
+    value = _float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
@@ -46,7 +46,7 @@ def node_budget(text: str) -> int:
 
 def number(text: str) -> float:
     """Parse a number of at least 0."""
-    value = _number(text)
+    value = _float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
     return value
@@ -54,7 +54,7 @@ def number(text: str) -> float:
 
 def probability(text: str) -> float:
     """Parse a probability, above 0 and at most 1."""
-    value = _number(text)
+    value = _float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0 and at most 1")
     return value
@@ -70,7 +70,7 @@ def list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return parse_list
 
 
-def _number(text: str) -> float:
+def _float(text: str) -> float:
     try:
         return float(text)
     except ValueError:

@@ -86,7 +86,7 @@ def _add_run(group: Any) -> None:
     count = options.positive_int
     _add(group, "max-length", metavar="N", type=count, help="tokens of a packed sequence (default: 2048 at most)")
     _add(group, "epochs", metavar="X", type=options.positive_number, help="passes over the data (3, or 12M tokens)")
-    _add(group, "remembered-gib", metavar="X", type=options.number, help="memory for the target's hidden states (4)")
+    _add(group, "remembered-gib", metavar="X", type=options.number, help="memory of a process for hidden states (4)")
     _add(group, "max-steps", metavar="N", type=count, help="steps instead of epochs")
     _add(group, "batch-size", metavar="N", type=count, help="packed sequences per process and pass (1024 tokens)")
     _add(group, "gradient-accumulation", metavar="N", type=count, help="passes per step (default: 1)")

@@ -1,6 +1,7 @@
 """The target's hidden states of text that was read before: a second pass over the data need not run the target.
 
-They are kept in the computer's own memory, also where the target is on a GPU.
+They are kept in the computer's own memory, also where the target is on a GPU, in the precision that products are
+computed in: where that is a lower one than the target's, all passes read them rounded, the first one too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from vllm_redrafter.training.batch import Batch
 
 class HiddenMemory:
     """Hidden states by the number of the packed sequence that they belong to.
+
+    Numbers mean something within one `pack` alone, so every training has a memory of its own.
 
     Args:
         most_bytes: what is read when that much is kept is computed anew every time.
@@ -32,9 +35,10 @@ class HiddenMemory:
         """
         numbers = batch.numbers.tolist()
         missing = [row for row, number in enumerate(numbers) if number not in self._hidden]
-        computed = compute(Batch(*(field[missing] for field in batch))) if missing else None
+        fresh: dict[int, torch.Tensor] = {}
+        if missing:
+            fresh = dict(zip(missing, _rounded(compute(Batch(*(field[missing] for field in batch)))), strict=True))
         length, device = batch.token_ids.shape[1], batch.token_ids.device
-        fresh = dict(zip(missing, () if computed is None else computed, strict=True))
         rows = []
         for row, number in enumerate(numbers):
             if row in fresh:
@@ -51,4 +55,9 @@ class HiddenMemory:
         if self._num_bytes + num_bytes <= self._most_bytes:
             self._num_bytes += num_bytes
             # a copy: the row is a view of the whole batch
-            self._hidden[number] = hidden.cpu().clone()
+            self._hidden[number] = hidden.to("cpu", copy=True)
+
+
+def _rounded(hidden: torch.Tensor) -> torch.Tensor:
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden

@@ -48,7 +48,7 @@ def pack(documents: Sequence[Document], max_length: int) -> list[PackedSequence]
             room, number = rooms.pop(place)
         bins[number].append(index)
         insort(rooms, (room - length, number))
-    return [_join([documents[index] for index in sorted(bins[number])], number) for number in range(len(bins))]
+    return [_join([documents[index] for index in sorted(members)], number) for number, members in enumerate(bins)]
 
 
 def _join(documents: Sequence[Document], number: int) -> PackedSequence:

@@ -47,7 +47,7 @@ class Recipe:
     epochs: float | None = None
     """Passes over the data; None for three, and for more where those would be fewer than 12M tokens."""
     remembered_gib: float = 4.0
-    """Memory for what the target said of the data, so that a second pass need not run it."""
+    """Memory of each process for what the target said of the data, so that a second pass need not run it."""
     max_steps: int | None = None
     batch_size: int | None = None
     """Packed sequences per process and pass; None for as many as hold 1024 tokens, and one at least."""

@@ -32,7 +32,8 @@ from torch.nn import functional
 from vllm_redrafter.core.drafter import DraftState, ReDrafter
 from vllm_redrafter.training.batch import Batch, predictable
 from vllm_redrafter.training.loss import TOKEN_LOSSES, Expected, TokenLoss
-from vllm_redrafter.training.target import FrozenTarget
+from vllm_redrafter.training.memory import HiddenMemory
+from vllm_redrafter.training.target import FrozenTarget, TargetView
 
 TOP_K = 5
 """How many of the drafter's best tokens are looked at where accuracy is told."""
@@ -104,11 +105,14 @@ class Rollout(nn.Module):
 
     draft_ids: torch.Tensor  # [vocab_size], -1 for what cannot be drafted
 
-    def __init__(self, drafter: ReDrafter, target: FrozenTarget, objective: Objective) -> None:
+    def __init__(
+        self, drafter: ReDrafter, target: FrozenTarget, objective: Objective, memory: HiddenMemory | None = None
+    ) -> None:
         super().__init__()
         self.drafter = drafter
         self.objective = objective
         self._target = (target,)
+        self._memory = memory
         self._compare: Callable[..., _Comparison] = partial(_compare, TOKEN_LOSSES[objective.loss])
         self._teach: Callable[..., _Teacher] = _teach
         self._chunk_size = objective.positions_per_chunk(drafter.config.head_size)
@@ -203,8 +207,15 @@ class Rollout(nn.Module):
         hidden = text.hidden[start + 1 : last, : self.drafter.config.hidden_size]
         return self._teach(self._target[0].logits(hidden), self.drafter.target_ids())
 
+    def _view(self, batch: Batch) -> TargetView:
+        target, layers = self._target[0], self.drafter.config.fused_layers
+        if self._memory is None:
+            return target.read(batch, layers)
+        hidden = self._memory.read(batch, lambda part: target.read(part, layers).hidden)
+        return TargetView(hidden, target.embed(batch.token_ids))
+
     def _text(self, batch: Batch) -> _Text:
-        view = self._target[0].read(batch, self.drafter.config.fused_layers)
+        view = self._view(batch)
         beyond = self.objective.num_offsets + 1
         # a target in half precision, a drafter that is trained in full
         dtype = next(self.drafter.parameters()).dtype

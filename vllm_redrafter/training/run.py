@@ -32,6 +32,7 @@ from vllm_redrafter.training import allocator
 from vllm_redrafter.training.documents import Document
 from vllm_redrafter.training.draft_vocabulary import DraftVocabulary, choose_draft_vocabulary
 from vllm_redrafter.training.evaluation import hold_out
+from vllm_redrafter.training.memory import HiddenMemory
 from vllm_redrafter.training.packing import pack
 from vllm_redrafter.training.recipe import ALL, Recipe, build_drafter, training_arguments
 from vllm_redrafter.training.rollout import Rollout
@@ -146,11 +147,11 @@ def train(
     held_out = None
     if prompts:
         held_out = hold_out(target, transcribe(target, prompts, answer_length), drafter.config.fused_layers)
-    if recipe.num_tokens(num_tokens) > num_tokens:
-        target.remember(int(recipe.remembered_gib * 2**30))
     stop = StopOnSignal()
     patience = [] if recipe.patience is None or held_out is None else [EarlyStoppingCallback(recipe.patience)]
-    rollout = Rollout(drafter, target, recipe.objective)
+    reads_again = recipe.num_tokens(num_tokens) > num_tokens
+    memory = HiddenMemory(int(recipe.remembered_gib * 2**30)) if reads_again else None
+    rollout = Rollout(drafter, target, recipe.objective, memory)
     if recipe.num_tokens(num_tokens) >= _WORTH_COMPILING and not bootstrap.missing_build_tools():
         rollout.compile_losses()
     trainer = ReDrafterTrainer(

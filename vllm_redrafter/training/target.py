@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from vllm_redrafter.core import layers
 from vllm_redrafter.training.batch import Batch
-from vllm_redrafter.training.memory import HiddenMemory
 
 _PROBE_LENGTH = 16
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -42,7 +41,6 @@ class FrozenTarget:
         stops = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
         self.stop_token_ids: list[int] = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._memory: HiddenMemory | None = None
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -59,23 +57,10 @@ class FrozenTarget:
         """Move the weights."""
         self.model.to(device)
 
-    def remember(self, most_bytes: int) -> None:
-        """Keep what `read` computes, up to so many bytes of this computer's memory, for the next pass over the data.
-
-        From now on hidden states are rounded to what products are computed in.
-        """
-        self._memory = HiddenMemory(most_bytes)
-
     @torch.no_grad()
     def read(self, batch: Batch, fused_layers: Sequence[int] | None = None) -> TargetView:
         """Return the target's view of packed documents, none of which sees another."""
-
-        def compute(part: Batch) -> torch.Tensor:
-            return self._hidden(fused_layers, input_ids=part.token_ids, position_ids=part.position_ids)
-
-        if self._memory is None:
-            return TargetView(compute(batch), self.embed(batch.token_ids))
-        hidden = self._memory.read(batch, lambda part: _rounded(compute(part)))
+        hidden = self._hidden(fused_layers, input_ids=batch.token_ids, position_ids=batch.position_ids)
         return TargetView(hidden, self.embed(batch.token_ids))
 
     @torch.no_grad()
@@ -121,8 +106,3 @@ class FrozenTarget:
                 f"{type(self.model).__name__} does more to its logits than its head's product with the last hidden "
                 "state: a drafter's teacher cannot be computed from that state; use --loss ce on text of the target"
             )
-
-
-def _rounded(hidden: torch.Tensor) -> torch.Tensor:
-    device = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
