@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from vllm import SamplingParams
 from vllm.config.compilation import CompilationMode
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tests.adapter.trees import draft_tree
-from vllm_redrafter.adapter import foresight, loading
+from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter import proposer as proposer_module
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
+from vllm_redrafter.adapter.searcher import SEVERAL, Searcher
 from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
 from vllm_redrafter.core import beam_search, token_tree
 from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Candidates
@@ -35,6 +35,7 @@ def proposer_of(
     dtype: torch.dtype = torch.float32,
     num_ranks: int = 1,
     mode: CompilationMode = CompilationMode.NONE,
+    most_requests: int = 8,
 ) -> ReDrafterProposer:
     """Return the proposer as vLLM builds it: from its config alone."""
     found = SimpleNamespace(
@@ -42,6 +43,7 @@ def proposer_of(
         compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(dtype=dtype),
         parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
+        scheduler_config=SimpleNamespace(max_num_seqs=most_requests),
     )
     return ReDrafterProposer(found)
 
@@ -49,10 +51,10 @@ def proposer_of(
 def loaded(width: int = 4, length: int = 4, num_nodes: int = 12) -> ReDrafterProposer:
     torch.manual_seed(0)
     proposer = proposer_of(ReDrafterOptions("unused", num_nodes, width, length, "auto"))
-    proposer.drafter = ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval()
-    for parameter in proposer.drafter.parameters():
+    drafter = ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval()
+    for parameter in drafter.parameters():
         parameter.data *= 3  # surer, so that trees differ in shape
-    proposer.embed = nn.Embedding(VOCAB, HIDDEN)
+    proposer.hold(drafter, nn.Embedding(VOCAB, HIDDEN))
     return proposer
 
 
@@ -290,88 +292,62 @@ def test_loading_says_what_was_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
         (torch.int8, 2, torch.float32),
     ],
 )
-def test_a_large_drafter_is_held_in_what_is_searched_fastest(
+def test_a_large_drafter_is_held_in_what_is_fastest_for_one_request_and_for_several(
     fastest: torch.dtype,
     num_ranks: int,
     expected: torch.dtype,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def held_in(proposer: ReDrafterProposer) -> torch.dtype:
-        dtype: torch.dtype = proposer.drafter.rnn_u.weight.dtype
+    def held_in(searcher: Searcher) -> torch.dtype:
+        dtype: torch.dtype = searcher.drafter.rnn_u.weight.dtype
         return dtype
+
+    def scoring_seconds(searcher: Searcher, num_requests: int) -> float:
+        return 2.0 - (held_in(searcher) == (fastest if num_requests == 1 else torch.bfloat16))
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(proposer_module, "search_seconds", lambda proposer: 2.0 - (held_in(proposer) == fastest))
+    monkeypatch.setattr(Searcher, "scoring_seconds", scoring_seconds)
     proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
-    assert held_in(proposer) == expected
     hidden, init_ids = inputs()
-    found = proposer.search(hidden, init_ids, NO_FLOOR)
-    assert found.log_probs.dtype == torch.float32
-
-
-def test_the_time_of_a_search_is_measured_on_the_drafter_at_hand(tmp_path: Path) -> None:
-    proposer = proposer_of(stored(tmp_path))
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-
-    assert 0 < proposer_module.search_seconds(proposer) < 10
-
-
-def test_for_one_request_a_compiled_search_finds_what_the_other_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # with and without the program: it is faster by this clock
-    monkeypatch.setattr(proposer_module, "search_seconds", lambda proposer: 1.0 + (proposer._program is None))
-    target = vllm_target(torch.randn(VOCAB, HIDDEN), None)
-    eager, compiled = proposer_of(stored(tmp_path)), proposer_of(stored(tmp_path), mode=CompilationMode.VLLM_COMPILE)
-    eager.load_model(target)
-    compiled.load_model(target)
-    programs: list[int] = []
-    program = compiled._program
-    assert program is not None
-    monkeypatch.setattr(compiled, "_program", lambda *args: (programs.append(len(args[1])), program(*args))[1])
-    generators = {0: torch.Generator().manual_seed(4)}
-
-    def foreseen(proposer: ReDrafterProposer, **options: Any) -> foresight.KnownDraws | None:
-        parameters = SamplingParams(temperature=0.9, **options)
-        length = proposer.options.draft_length
-        return foresight.of(generators, 1, {0: parameters}, length, proposer.drafted_ids)
-
-    hidden, init_ids = inputs()
-    for draws in ({}, {"top_k": 3}, None):
-        known = [None if draws is None else foreseen(proposer, **draws) for proposer in (eager, compiled)]
-        expected = eager.search(hidden[:1], init_ids[:1], NO_FLOOR, known[0])
-        found = compiled.search(hidden[:1], init_ids[:1], NO_FLOOR, known[1])
-        assert torch.equal(found.token_ids, expected.token_ids)
-        assert torch.equal(found.parents, expected.parents)
-        torch.testing.assert_close(found.log_probs, expected.log_probs)
-    compiled.search(hidden, init_ids, NO_FLOOR)
-
-    assert programs == [1, 1], "truncated sampling and more requests are searched for as before"
+    searched: list[torch.dtype] = []
+    search = Searcher.search
+    monkeypatch.setattr(Searcher, "search", lambda self, *how: (searched.append(held_in(self)), search(self, *how))[1])
+    for num_requests in (1, BATCH):
+        found = proposer.search(hidden[:num_requests], init_ids[:num_requests], NO_FLOOR)
+        assert found.log_probs.dtype == torch.float32
+    assert searched == [expected, torch.bfloat16 if num_ranks == 1 else torch.float32]
 
 
 @pytest.mark.parametrize(
-    ("mode", "num_ranks", "seconds"),
+    ("mode", "num_ranks", "most_requests", "expected"),
     [
-        (CompilationMode.VLLM_COMPILE, 1, 3.0),  # slower
-        (CompilationMode.NONE, 1, 1.0),
+        (CompilationMode.VLLM_COMPILE, 1, 8, [1, SEVERAL]),
+        (CompilationMode.VLLM_COMPILE, 1, 1, [1]),
+        (CompilationMode.NONE, 1, 8, []),
         # ranks must draft alike
-        (CompilationMode.VLLM_COMPILE, 2, 1.0),
+        (CompilationMode.VLLM_COMPILE, 2, 8, []),
     ],
 )
-def test_a_search_is_compiled_only_where_that_is_faster_and_the_target_is_too(
-    mode: CompilationMode, num_ranks: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_searches_are_compiled_where_the_target_is_too(
+    mode: CompilationMode,
+    num_ranks: int,
+    most_requests: int,
+    expected: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proposer_module, "search_seconds", lambda proposer: seconds if proposer._program else 2.0)
-    proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode)
+    compiled: list[int] = []
+    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests: compiled.append(num_requests))
+    proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode, most_requests=most_requests)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
-    assert proposer._program is None
+    assert compiled == expected
 
 
 @pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])

@@ -64,9 +64,14 @@ class KnownDraws:
         drawn = self._truncation.lift(sampled, self._noise[:, place, None])
         return drawn if sampled is logits else logits.index_copy(0, torch.tensor(self._rows), drawn)
 
-    def noise_alone(self) -> torch.Tensor | None:
-        """Return what is added to the logits of the only request, [depths, tokens], or None where more is done."""
-        return None if self._truncation.is_active else self._noise_of(slice(None))[0]
+    def noise_alone(self, num_requests: int) -> torch.Tensor | None:
+        """Return what is added to the logits of a batch, [batch, depths, tokens], or None where more is done."""
+        if self._truncation.is_active:
+            return None
+        noise = self._noise_of(slice(None))
+        if len(self._rows) == num_requests:
+            return noise
+        return noise.new_zeros(num_requests, *noise.shape[1:]).index_copy(0, torch.tensor(self._rows), noise)
 
     def _noise_of(self, depths: slice) -> torch.Tensor:  # [requests, depths, tokens]
         temperatures = self._truncation.temperatures[:, None, None]

@@ -6,7 +6,7 @@ from those, so a continuation that lost its place among the beams can still be v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -43,6 +43,20 @@ class Candidates(NamedTuple):
     log_probs: torch.Tensor  # [batch, C]: cumulative log-probability, fp32; -inf where there is no candidate
 
 
+class Beams(NamedTuple):
+    """The live beams of all requests, and how far their search has come."""
+
+    state: DraftState  # [batch, beams, ...]
+    token_ids: torch.Tensor  # [batch, beams]: the target's ids of the last tokens
+    scores: torch.Tensor  # [batch, beams]: cumulative log-probabilities, best first
+    depth: int
+    """Tokens of each, the init token not counted."""
+    first: int
+    """Place of the first beam among the search's candidates, counted through all depths; -1 for the init token."""
+    num_found: int
+    """Candidates of all depths so far."""
+
+
 class Continuations(NamedTuple):
     """The best next tokens of all beams of a request, best first."""
 
@@ -67,6 +81,91 @@ def best_continuations(
     return Continuations(best.indices // head_size, best.indices % head_size, best.values)
 
 
+class BeamSearch:
+    """A search, depth by depth.
+
+    At each depth the best `num_candidates` (at least `shape.width`, which is also the default) continuations of the
+    live beams are kept, best first, and the best `shape.width` of those are the beams of the next depth.
+
+    Args:
+        num_candidates: candidates kept per depth; more than the width enlarges the choice of leaves at no extra cost.
+        sharpness: what the drafter's logits are multiplied by; 1 leaves its distribution as it is.
+        choose: what finds the best continuations; another one where the drafter holds a part of its head.
+
+    Raises:
+        ValueError: the shape holds a number below 1.
+    """
+
+    def __init__(
+        self,
+        drafter: ReDrafter,
+        embed: Embed,
+        shape: BeamShape,
+        num_candidates: int | None = None,
+        sharpness: float = 1.0,
+        choose: Choose = best_continuations,
+    ) -> None:
+        if shape.width < 1 or shape.length < 1:
+            raise ValueError(f"beam shape {tuple(shape)} is not usable: width and length must be at least 1")
+        self._drafter = drafter
+        self._embed = embed
+        self._width, self._length = shape
+        self._num_kept = max(shape.width, num_candidates or 0)
+        self._sharpness = sharpness
+        self._choose = choose
+        self._target_ids = drafter.target_ids()
+
+    def start(self, hidden: torch.Tensor, init_ids: torch.Tensor) -> Beams:  # [batch, input_size], [batch]
+        """Return one beam per request, which has read nothing yet."""
+        scores = torch.zeros(len(init_ids), 1, device=hidden.device)
+        return Beams(self._drafter.start(hidden[:, None]), init_ids[:, None], scores, depth=0, first=-1, num_found=0)
+
+    def extend(self, beams: Beams, foresight: Foresight | None = None) -> tuple[Candidates, Beams]:
+        """Return the best continuations by one token, and the beams that the best of them are."""
+        read = self._embed(beams.token_ids).to(beams.state.recurrent.dtype)
+        state = self._drafter.advance(beams.state, read)
+        change = None if foresight is None else partial(foresight, beams.depth)
+        logits = self._drafter.processed_logits(state, self._sharpness, change)
+        best = self._choose(logits, beams.scores, self._num_kept)
+        token_ids = best.draft_ids if self._target_ids is None else self._target_ids[best.draft_ids]
+        candidates = Candidates(token_ids, best.beams + beams.first, best.log_probs)
+
+        live = slice(self._width)
+        rows = torch.arange(len(token_ids), device=token_ids.device)[:, None]
+        return candidates, Beams(
+            # the recurrent state already holds the parent's token: it follows the beam that was continued
+            DraftState(state.context, state.recurrent[rows, best.beams[:, live]]),
+            token_ids[:, live],
+            best.log_probs[:, live],
+            beams.depth + 1,
+            beams.num_found,
+            beams.num_found + token_ids.shape[1],
+        )
+
+    def run(
+        self,
+        hidden: torch.Tensor,  # [batch, input_size]
+        init_ids: torch.Tensor,  # [batch]
+        floor: float = float("-inf"),
+        foresight: Foresight | None = None,
+    ) -> Candidates:
+        """Return what `search` does."""
+        beams = self.start(hidden, init_ids)
+        depths: list[Candidates] = []
+        for _ in range(self._length):
+            candidates, beams = self.extend(beams, foresight)
+            depths.append(candidates)
+            # waits for the device, and only where a floor is given
+            if floor > float("-inf") and float(beams.scores[:, 0].max()) <= floor:
+                break
+        return join(depths)
+
+
+def join(depths: Sequence[Candidates]) -> Candidates:
+    """Return the candidates of successive depths as one."""
+    return Candidates(*(torch.cat(columns, dim=1) for columns in zip(*depths, strict=True)))
+
+
 def search(
     drafter: ReDrafter,
     embed: Embed,
@@ -79,46 +178,15 @@ def search(
     foresight: Foresight | None = None,
     choose: Choose = best_continuations,
 ) -> Candidates:
-    """Return the best continuations of `init_ids` by cumulative log-probability.
-
-    At each depth the best `num_candidates` (at least `shape.width`, which is also the default) continuations of the
-    live beams are kept, best first, and the best `shape.width` of those are the beams of the next depth.
+    """Return the best continuations of `init_ids` by cumulative log-probability; the arguments are `BeamSearch`'s.
 
     Args:
         hidden: what `ReDrafter.start` takes, at the token before `init_ids`.
-        num_candidates: candidates kept per depth; more than the width enlarges the choice of leaves at no extra cost.
         floor: cumulative log-probability that a beam must exceed for the search to go on; it ends when none does.
-        sharpness: what the drafter's logits are multiplied by; 1 leaves its distribution as it is.
         foresight: what is made of the drafter's logits before they are multiplied; None where nothing is sampled, or
             nothing is known of it.
-        choose: what finds the best continuations; another one where the drafter holds a part of its head.
 
     Raises:
         ValueError: the shape holds a number below 1.
     """
-    if shape.width < 1 or shape.length < 1:
-        raise ValueError(f"beam shape {tuple(shape)} is not usable: width and length must be at least 1")
-    kept = max(shape.width, num_candidates or 0)
-    target_ids = drafter.target_ids()
-    rows = torch.arange(len(init_ids), device=hidden.device)[:, None]
-
-    state = drafter.start(hidden[:, None])
-    token_ids = init_ids[:, None]  # [batch, beams]
-    scores = torch.zeros(len(init_ids), 1, device=hidden.device)  # [batch, beams]
-    first_beam, num_found = -1, 0  # the beams are the candidates from `first_beam` on
-    depths: list[Candidates] = []
-    for depth in range(shape.length):
-        state = drafter.advance(state, embed(token_ids).to(state.recurrent.dtype))
-        change = None if foresight is None else partial(foresight, depth)
-        best = choose(drafter.processed_logits(state, sharpness, change), scores, kept)
-        best_ids = best.draft_ids if target_ids is None else target_ids[best.draft_ids]
-        depths.append(Candidates(best_ids, best.beams + first_beam, best.log_probs))
-
-        # waits for the device, and only where a floor is given
-        if floor > float("-inf") and float(best.log_probs[:, 0].max()) <= floor:
-            break
-        first_beam, num_found = num_found, num_found + best_ids.shape[1]
-        token_ids, scores = best_ids[:, : shape.width], best.log_probs[:, : shape.width]
-        # the recurrent state already holds the parent's token: it follows the beam that was continued
-        state = DraftState(state.context, state.recurrent[rows, best.beams[:, : shape.width]])
-    return Candidates(*(torch.cat(columns, dim=1) for columns in zip(*depths, strict=True)))
+    return BeamSearch(drafter, embed, shape, num_candidates, sharpness, choose).run(hidden, init_ids, floor, foresight)

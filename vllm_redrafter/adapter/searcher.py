@@ -1,0 +1,162 @@
+"""Searches for drafts on a CPU, compiled where that is faster."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from vllm_redrafter.adapter.config import ReDrafterOptions
+from vllm_redrafter.adapter.foresight import KnownDraws
+from vllm_redrafter.core import beam_search
+from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, Candidates
+from vllm_redrafter.core.drafter import Embed, ReDrafter
+
+SEVERAL = 4
+"""Requests that stand for all batches of more than one, where something is timed."""
+
+_MOST_TOGETHER = 16
+"""Requests up to which a compiled search may be faster: with more, it is the products that take the time."""
+
+_EVICTED_BYTES = 1 << 26
+"""What is read before something is timed: a step reads the target's weights, and leaves the drafter's cold."""
+
+_NUM_TIMED = 7
+
+
+class Searcher:
+    """A copy of the drafter, and how it is searched.
+
+    Args:
+        dtype: what the drafter computes in.
+    """
+
+    def __init__(self, drafter: ReDrafter, dtype: torch.dtype, embed: Embed, options: ReDrafterOptions) -> None:
+        self.drafter = drafter
+        self._dtype = dtype
+        self._length = options.draft_length
+        self._width = options.beam_width
+        num_candidates = options.num_speculative_tokens if options.beam_width > 1 else 1
+        self._search = BeamSearch(drafter, embed, options.shape, num_candidates, SHARPNESS)
+        self._programs: dict[bool, _Program] = {}  # by whether there is more than one request
+
+    @torch.inference_mode()
+    def search(
+        self,
+        hidden: torch.Tensor,  # [batch, input_size]
+        init_ids: torch.Tensor,  # [batch]
+        floor: float,
+        foresight: KnownDraws | None = None,
+    ) -> Candidates:
+        """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`.
+
+        A compiled search looks after half of the depths only.
+        """
+        hidden = hidden.to(self._dtype)
+        num_requests = len(init_ids)
+        program = self._programs.get(num_requests > 1)
+        if program is not None and num_requests <= _MOST_TOGETHER:
+            noise = self._no_noise(num_requests) if foresight is None else foresight.noise_alone(num_requests)
+            if noise is not None:
+                return program(hidden, init_ids, noise, floor)
+        return self._search.run(hidden, init_ids, floor, foresight)
+
+    def _no_noise(self, num_requests: int) -> torch.Tensor:
+        return torch.zeros(num_requests, self._length, self.drafter.config.head_size)
+
+    def compile(self, num_requests: int) -> None:
+        """Search with a program of torch.compile for one request, or for several, if that is faster."""
+        several = num_requests > 1
+        eager_seconds = self.seconds(num_requests)
+        self._programs[several] = _Program(self._search, self._length, is_dynamic=several)
+        if self.seconds(num_requests) >= eager_seconds:
+            del self._programs[several]
+
+    def seconds(self, num_requests: int) -> float:
+        """Return the time of a search to the full depth, the drafter's weights cold."""
+        hidden = torch.zeros(num_requests, self.drafter.config.input_size)
+        init_ids = torch.zeros(num_requests, dtype=torch.int64)
+        return _median_seconds(lambda: self.search(hidden, init_ids, -math.inf))
+
+    @torch.inference_mode()
+    def scoring_seconds(self, num_requests: int) -> float:
+        """Return the time of the products of one depth, the drafter's weights cold."""
+        hidden = torch.zeros(num_requests * self._width, self.drafter.config.input_size, dtype=self._dtype)
+        state = self.drafter.start(hidden)
+        return _median_seconds(lambda: self.drafter.logits(state))
+
+
+class _Program:
+    """A search as two compiled functions, one for each half of its depths; it may end between them.
+
+    A search is some twenty small operations per depth: called one by one, they take longer than what they compute.
+
+    Args:
+        is_dynamic: whether it is for any number of requests from 2 on, and not for one.
+    """
+
+    def __init__(self, search: BeamSearch, length: int, *, is_dynamic: bool) -> None:
+        half = (length + 1) // 2
+        self._is_new = self._is_dynamic = is_dynamic
+
+        def first(hidden: torch.Tensor, init_ids: torch.Tensor, noise: torch.Tensor) -> tuple[Candidates, Beams]:
+            return _extended(search, search.start(hidden, init_ids), noise, half)
+
+        def rest(beams: Beams, noise: torch.Tensor) -> tuple[Candidates, Beams]:
+            return _extended(search, beams, noise, length - half)
+
+        self._first = _compiled(first)
+        self._rest = _compiled(rest) if length > half else None
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,  # [batch, input_size]
+        init_ids: torch.Tensor,  # [batch]
+        noise: torch.Tensor,  # [batch, depths, head_size]
+        floor: float,
+    ) -> Candidates:
+        """Return the best continuations, those of half of the depths if none of these is above `floor`."""
+        self._mark(hidden, init_ids, noise)
+        candidates, beams = self._first(hidden, init_ids, noise)
+        if self._rest is None or float(beams.scores[:, 0].max()) <= floor:
+            return candidates
+        self._mark(*beams.state, beams.token_ids, beams.scores)
+        more, _ = self._rest(beams, noise)
+        self._is_new = False
+        return beam_search.join([candidates, more])
+
+    def _mark(self, *tensors: torch.Tensor) -> None:
+        """Let what is about to be compiled serve any number of requests."""
+        if self._is_new:
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 0, min=2, max=_MOST_TOGETHER)
+
+
+def _extended(
+    search: BeamSearch, beams: Beams, noise: torch.Tensor, num_depths: int
+) -> tuple[Candidates, Beams]:  # noise: [batch, depths, head_size]
+    depths = []
+    for _ in range(num_depths):
+        candidates, beams = search.extend(beams, lambda depth, logits: logits + noise[:, depth, None])
+        depths.append(candidates)
+    return beam_search.join(depths), beams
+
+
+def _compiled(function: Callable[..., tuple[Candidates, Beams]]) -> Callable[..., tuple[Candidates, Beams]]:
+    # a wrapper in Python would be half of what is to be saved
+    return torch.compile(function, fullgraph=True, options={"cpp_wrapper": True})
+
+
+def _median_seconds(function: Callable[[], object]) -> float:
+    others = torch.ones(_EVICTED_BYTES // 4)
+    seconds = []
+    # the first time, something may be compiled
+    for _ in range(1 + _NUM_TIMED):
+        others.sum()
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
