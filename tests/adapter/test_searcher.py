@@ -35,9 +35,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch, num_requests: int, **shape: int) -
     monkeypatch.setattr(Searcher, "seconds", lambda self, number: (seconds(self, number), next(told))[1])
     found = make_searcher(**shape)
     found.compile(num_requests)
+    monkeypatch.setattr(searcher, "_WHILE_SERVING", "fail_on_recompile")
     return found
 
 
+@torch.inference_mode()  # as a step of vLLM is
 def inputs(num_requests: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(num_requests, HIDDEN, generator=generator), torch.arange(num_requests)
@@ -86,10 +88,9 @@ def test_for_several_requests_one_program_serves_any_number(monkeypatch: pytest.
     fast = compiled(monkeypatch, searcher.SEVERAL)
     runs = count_runs(fast, monkeypatch)
 
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for number, sampled in [(2, []), (3, [0, 2]), (searcher.SEVERAL, [1]), (5, [0, 1, 2, 3, 4]), (16, [7])]:
-            found = fast.search(*inputs(number), -math.inf, draws(number, sampled))
-            same(found, make_searcher().search(*inputs(number), -math.inf, draws(number, sampled)))
+    for number, sampled in [(2, []), (3, [0, 2]), (searcher.SEVERAL, [1]), (5, [0, 1, 2, 3, 4]), (16, [7])]:
+        found = fast.search(*inputs(number), -math.inf, draws(number, sampled))
+        same(found, make_searcher().search(*inputs(number), -math.inf, draws(number, sampled)))
 
     assert runs == [2, 3, 4, 5, 16]
 
@@ -104,6 +105,19 @@ def test_what_no_program_is_made_for_is_searched_for_as_before(monkeypatch: pyte
         same(found, make_searcher().search(*inputs(number), -math.inf, draws(number, [0], **options)))
 
     assert runs == []
+
+
+def test_while_serving_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = compiled(monkeypatch, searcher.SEVERAL)
+    monkeypatch.undo()
+    hidden, init_ids = inputs(3)
+    of_another_layout = torch.stack((hidden, hidden), dim=2)[..., 0]
+
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = fast.search(of_another_layout, init_ids, -math.inf)
+
+    same(found, make_searcher().search(hidden, init_ids, -math.inf))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 
 @pytest.mark.parametrize("num_requests", [1, searcher.SEVERAL])

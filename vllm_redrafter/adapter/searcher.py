@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,9 @@ _EVICTED_BYTES = 1 << 26
 """What is read before something is timed: a step reads the target's weights, and leaves the drafter's cold."""
 
 _NUM_TIMED = 7
+
+_WHILE_SERVING: Literal["eager_on_recompile", "fail_on_recompile"] = "eager_on_recompile"
+"""What torch.compile does with a search that it has no code for: compiling it now would hold up all requests."""
 
 
 class Searcher:
@@ -75,6 +79,7 @@ class Searcher:
         if self.seconds(num_requests) >= eager_seconds:
             del self._programs[several]
 
+    @torch.inference_mode()  # as while serving: code for other tensors would not be used there
     def seconds(self, num_requests: int) -> float:
         """Return the time of a search to the full depth, the drafter's weights cold."""
         hidden = torch.zeros(num_requests, self.drafter.config.input_size)
@@ -100,7 +105,8 @@ class _Program:
 
     def __init__(self, search: BeamSearch, length: int, *, is_dynamic: bool) -> None:
         half = (length + 1) // 2
-        self._is_new = self._is_dynamic = is_dynamic
+        self._is_new = True
+        self._is_dynamic = is_dynamic
 
         def first(hidden: torch.Tensor, init_ids: torch.Tensor, noise: torch.Tensor) -> tuple[Candidates, Beams]:
             return _extended(search, search.start(hidden, init_ids), noise, half)
@@ -118,19 +124,23 @@ class _Program:
         noise: torch.Tensor,  # [batch, depths, head_size]
         floor: float,
     ) -> Candidates:
-        """Return the best continuations, those of half of the depths if none of these is above `floor`."""
-        self._mark(hidden, init_ids, noise)
-        candidates, beams = self._first(hidden, init_ids, noise)
-        if self._rest is None or float(beams.scores[:, 0].max()) <= floor:
-            return candidates
-        self._mark(*beams.state, beams.token_ids, beams.scores)
-        more, _ = self._rest(beams, noise)
+        """Return the best continuations, those of half of the depths if none of these is above `floor`.
+
+        The first call compiles, and must not have a floor.
+        """
+        with torch.compiler.set_stance("default" if self._is_new else _WHILE_SERVING):
+            self._mark(hidden, init_ids, noise)
+            candidates, beams = self._first(hidden, init_ids, noise)
+            if self._rest is not None and float(beams.scores[:, 0].max()) > floor:
+                self._mark(*beams.state, beams.token_ids, beams.scores)
+                more, _ = self._rest(beams, noise)
+                candidates = beam_search.join([candidates, more])
         self._is_new = False
-        return beam_search.join([candidates, more])
+        return candidates
 
     def _mark(self, *tensors: torch.Tensor) -> None:
         """Let what is about to be compiled serve any number of requests."""
-        if self._is_new:
+        if self._is_new and self._is_dynamic:
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, 0, min=2, max=_MOST_TOGETHER)
 
