@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from vllm_redrafter.bench.grow import TargetShape, grow_drafter, grow_target
 from vllm_redrafter.core import checkpoint
@@ -103,6 +111,52 @@ def test_a_grown_target_computes_what_the_small_one_does(kind: str, factor: int,
     assert not grown_hidden[..., 24:].any()
 
 
+@pytest.mark.parametrize("head_size", [16, 24, 32])
+@pytest.mark.parametrize("factor", [1, 3])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_larger_heads_compute_what_the_small_ones_do(kind: str, factor: int, head_size: int, tmp_path: Path) -> None:
+    make_target(tmp_path / "small", TARGETS[kind])
+    input_ids = random_ids(40, (3, 48))
+
+    grow_target(tmp_path / "small", tmp_path / "large", TargetShape(factor, head_size=head_size))
+
+    logits, _ = logits_and_hidden(tmp_path / "small", input_ids)
+    grown_logits, _ = logits_and_hidden(tmp_path / "large", input_ids)
+    # the order of summation differs, and a square root that is no power of two rounds
+    torch.testing.assert_close(grown_logits, logits, atol=1e-4, rtol=1e-5)
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
+    attention = grown.model.layers[0].self_attn
+    assert attention.head_dim == head_size
+    assert attention.q_proj.weight.shape == (factor * 6 * head_size, factor * 24)
+    assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (factor * 2 * head_size, factor * 24)
+    assert attention.o_proj.weight.shape == (factor * 24, factor * 6 * head_size)
+
+
+def test_heads_four_times_as_large_round_nothing(tmp_path: Path) -> None:
+    make_target(tmp_path / "small", TARGETS["untied, with biases"])
+    input_ids = random_ids(40, (3, 48))
+
+    grow_target(tmp_path / "small", tmp_path / "large", TargetShape(4, head_size=32))
+
+    logits, _ = logits_and_hidden(tmp_path / "small", input_ids, torch.float64)
+    grown_logits, _ = logits_and_hidden(tmp_path / "large", input_ids, torch.float64)
+    # the order of summation differs: all that is left in float64, where weights rounded to float32 would show
+    torch.testing.assert_close(grown_logits, logits, atol=1e-11, rtol=1e-11)
+
+
+def test_a_grown_target_admits_more_positions(tmp_path: Path) -> None:
+    make_target(tmp_path / "small", TARGETS["tied"])
+    input_ids = random_ids(40, (1, 100))
+
+    grow_target(tmp_path / "small", tmp_path / "large", TargetShape(1, head_size=32, num_positions=200))
+
+    logits, _ = logits_and_hidden(tmp_path / "small", input_ids)
+    grown_logits, _ = logits_and_hidden(tmp_path / "large", input_ids)
+    # the order of summation differs
+    torch.testing.assert_close(grown_logits, logits, atol=1e-4, rtol=1e-5)
+    assert AutoConfig.from_pretrained(tmp_path / "large").max_position_embeddings == 200
+
+
 def test_a_grown_target_has_the_shape_asked_for(tmp_path: Path) -> None:
     make_target(tmp_path / "small", TARGETS["tied"])
 
@@ -111,6 +165,7 @@ def test_a_grown_target_has_the_shape_asked_for(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
     assert model.config.hidden_size == 72
     assert model.config.head_dim == 8
+    assert model.config.max_position_embeddings == 64
     assert len(model.model.layers) == 5
     assert model.model.layers[4].self_attn.q_proj.weight.shape == (12 * 8, 72)
     assert model.model.layers[4].self_attn.k_proj.weight.shape == (4 * 8, 72)
@@ -200,6 +255,12 @@ def test_the_stories_model_grows_to_79m_parameters_and_keeps_its_logits(tmp_path
             {"factor": 2, "num_heads": 12, "num_kv_heads": 2},
             "12 heads over 2 KV heads is not the model's own ratio of 6 to 2: keep 3 heads per KV head",
         ),
+        ({"factor": 2, "head_size": 4}, "head_dim is 4, but the model has 8 and can only grow: ask for more"),
+        (
+            {"factor": 2, "head_size": 20},
+            "head_dim is 20, but the model has 8 and heads grow by whole multiples: ask for 24",
+        ),
+        ({"factor": 2, "num_positions": 63}, "max_position_embeddings is 63, but the model has 64 and can only grow"),
     ],
 )
 def test_a_shape_that_cannot_hold_the_model_is_refused(arguments: dict[str, int], reason: str, tmp_path: Path) -> None:
@@ -208,6 +269,33 @@ def test_a_shape_that_cannot_hold_the_model_is_refused(arguments: dict[str, int]
     with pytest.raises(ValueError, match=re.escape(reason)):
         grow_target(tmp_path / "small", tmp_path / "large", TargetShape(**arguments))
     assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(
+    ("rope", "size", "reason"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, {"head_size": 32}, "rope_type is 'linear', .* head_dim, .*: keep 8"),
+        (
+            {"rope_type": "dynamic", "factor": 2.0},
+            {"num_positions": 128},
+            "rope_type is 'dynamic', .* max_position_embeddings, .*: keep 64",
+        ),
+        (
+            {"rope_type": "default", "partial_rotary_factor": 0.5},
+            {"head_size": 32},
+            r"partial_rotary_factor is 0\.5, .*: keep 8",
+        ),
+    ],
+)
+def test_what_another_rotary_embedding_depends_on_does_not_grow(
+    rope: dict[str, float | str], size: dict[str, int], reason: str, tmp_path: Path
+) -> None:
+    make_target(tmp_path / "small", LlamaConfig(**SIZES, rope_parameters={"rope_theta": 10000.0, **rope}))
+
+    with pytest.raises(ValueError, match=f"the model's {reason}"):
+        grow_target(tmp_path / "small", tmp_path / "large", TargetShape(2, **size))
+    grow_target(tmp_path / "small", tmp_path / "large", TargetShape(2))
+    assert AutoConfig.from_pretrained(tmp_path / "large").head_dim == 8
 
 
 def test_models_that_are_not_llama_like_are_refused(tmp_path: Path) -> None:

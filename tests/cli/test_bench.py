@@ -225,13 +225,16 @@ def test_grow_writes_a_pair_and_says_how_large_it_is(tmp_path: Path, capsys: pyt
     save_drafter(ReDrafter(ReDrafterConfig(hidden_size=8, vocab_size=16)), tmp_path / "drafter")
     paths = [f"--{name}={tmp_path / name}" for name in ("target", "drafter", "output")]
 
-    status = main(["bench", "grow", *paths, "--factor", "2", "--layers", "3"])
+    status = main(
+        ["bench", "grow", *paths, "--factor", "2", "--layers", "3", "--head-size", "16", "--positions", "4096"]
+    )
 
     grown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 0
     assert grown["target"] == str(tmp_path / "output" / "target")
     grown_config = LlamaConfig.from_pretrained(grown["target"])
     assert (grown_config.hidden_size, grown_config.num_hidden_layers) == (16, 3)
+    assert (grown_config.head_dim, grown_config.max_position_embeddings) == (16, 4096)
     grown_model = LlamaForCausalLM.from_pretrained(grown["target"])
     assert grown["target_parameters"] == sum(parameter.numel() for parameter in grown_model.parameters())
     assert json.loads((tmp_path / "output" / "drafter" / "config.json").read_text())["hidden_size"] == 16

@@ -3,14 +3,16 @@
 The residual stream gets `factor` times as wide and is zero in the new columns:
 
     RMSNorm      mean(x²) shrinks by the factor: eps / factor and weight / sqrt(factor) give back what was there
-    attention    new query heads read new key-value heads, whose keys and values are zero; the size of a head, and with
-                 it the rotary embedding, stays
+    attention    new query heads read new key-value heads, whose keys and values are zero
+    head size    i and i + d/2, which the rotary embedding turns as a pair, go to k·i and k·i + k·d/2, which it turns as
+                 fast: θ^(-2ki/kd) = θ^(-2i/d); the scale shrinks from d^-½ to (kd)^-½: sqrt(k) times the queries
     MLP          new columns are zero, and so is SiLU(0)
     new layers   copies of the last one with zero `o_proj` and `down_proj`: they add nothing to the residual stream
 
-Logits are those of the small model up to the order of summation. A drafter is grown alongside: the target's hidden
-states and embeddings are zero in the new columns, so padding its own weights with zeros leaves its drafts as they are.
-One without an input projection gets as much wider as its target, blocks and head included; with `keep_exit` it gets a
+Logits are those of the small model up to the order of summation and, unless factor and k are powers of 4, the rounding
+of what their square roots scale to the dtype of the weights. A drafter is grown alongside: the target's hidden states
+and embeddings are zero in the new columns, so padding its own weights with zeros leaves its drafts as they are. One
+without an input projection gets as much wider as its target, blocks and head included; with `keep_exit` it gets a
 projection onto the columns that are not zero instead, as one designed for a large target would have.
 """
 
@@ -44,11 +46,14 @@ _COMPANIONS = (
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
 _NORM = re.compile(r".*layernorm\.weight|model\.norm\.weight")
 _RESIDUAL_WRITER = re.compile(r".*\.(?:o_proj|down_proj)\.(?:weight|bias)")
+_QUERY = re.compile(r".*\.q_proj\.(?:weight|bias)")
+_HEAD_WRITER = re.compile(r".*\.[qkv]_proj\.(?:weight|bias)")
+_HEAD_READER = re.compile(r".*\.o_proj\.weight")
 
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What a target grows to; a size that is left out grows by `factor`, the number of layers doubles."""
+    """What a target grows to; left out, layers double, head size and positions stay, the rest grows by `factor`."""
 
     factor: int
     """How many times as wide the residual stream becomes."""
@@ -56,6 +61,10 @@ class TargetShape:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     intermediate_size: int | None = None
+    head_size: int | None = None
+    """A whole multiple of what it was; times the number of heads it need not be the hidden size."""
+    num_positions: int | None = None
+    """How many positions the grown model admits; its weights do not depend on it."""
 
     def __post_init__(self) -> None:
         _check_factor(self.factor)
@@ -72,6 +81,7 @@ def grow_target(source: Path, output: Path, shape: TargetShape) -> int:
     _check_output(source, output)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    head_factor = grown_config.head_dim // _head_size(config)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in type(model)(grown_config).named_parameters()}
     state: dict[str, torch.Tensor] = {}
@@ -82,7 +92,9 @@ def grow_target(source: Path, output: Path, shape: TargetShape) -> int:
             weight = torch.zeros_like(weight)
         elif _NORM.fullmatch(name):
             weight = (weight.double() / math.sqrt(shape.factor)).to(weight.dtype)
-        state[name] = _padded(weight, wanted)
+        elif _QUERY.fullmatch(name):
+            weight = (weight.double() * math.sqrt(head_factor)).to(weight.dtype)
+        state[name] = _padded(weight, wanted, _steps(name, weight.ndim, head_factor))
     output.mkdir(parents=True, exist_ok=True)
     save_file(state, output / "model.safetensors", metadata={"format": "pt"})
     grown_config.save_pretrained(output)
@@ -184,6 +196,10 @@ def _read_config(source: Path) -> Any:
     return config
 
 
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _grown_config(config: Any, shape: TargetShape) -> Any:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     asked_for = {
@@ -191,16 +207,19 @@ def _grown_config(config: Any, shape: TargetShape) -> Any:
         "num_attention_heads": shape.num_heads or shape.factor * heads,
         "num_key_value_heads": shape.num_kv_heads or shape.factor * kv_heads,
         "intermediate_size": shape.intermediate_size or shape.factor * config.intermediate_size,
+        "head_dim": shape.head_size or _head_size(config),
+        "max_position_embeddings": shape.num_positions or config.max_position_embeddings,
     }
     grown = copy.deepcopy(config)
-    grown.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    grown.head_dim = _head_size(config)
     grown.hidden_size = shape.factor * config.hidden_size
     grown.rms_norm_eps = config.rms_norm_eps / shape.factor
     for name, size in asked_for.items():
-        present = getattr(config, name)
+        present = getattr(grown, name)
         if size < present:
             raise ValueError(f"{name} is {size}, but the model has {present} and can only grow: ask for more")
         setattr(grown, name, size)
+    _check_rotary(config, grown)
     if grown.hidden_size % grown.num_attention_heads:
         raise ValueError(
             f"{grown.num_attention_heads} heads do not divide the grown hidden size of {grown.hidden_size}, as "
@@ -215,6 +234,29 @@ def _grown_config(config: Any, shape: TargetShape) -> Any:
     return grown
 
 
+def _check_rotary(config: Any, grown: Any) -> None:
+    """Raise ValueError where the grown model would turn queries and keys by other angles."""
+    head_size, num_positions = _head_size(config), config.max_position_embeddings
+    rope = config.rope_parameters
+    if grown.head_dim % head_size:
+        raise ValueError(
+            f"head_dim is {grown.head_dim}, but the model has {head_size} and heads grow by whole multiples: "
+            f"ask for {head_size * math.ceil(grown.head_dim / head_size)}"
+        )
+    for name, present in (("head_dim", head_size), ("max_position_embeddings", num_positions)):
+        if getattr(grown, name) != present and rope["rope_type"] != "default":
+            raise ValueError(
+                f"the model's rope_type is {rope['rope_type']!r}, whose angles may depend on {name}, which grows "
+                f"with 'default' only: keep {present}"
+            )
+    # transformers turns whole heads of a Llama all the same, but vLLM does not
+    if grown.head_dim != head_size and rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"the model's partial_rotary_factor is {rope['partial_rotary_factor']}, but head_dim grows only where the "
+            f"whole head is turned: keep {head_size}"
+        )
+
+
 def _source_name(name: str, num_layers: int) -> str:
     """Return the parameter of the small model that a parameter of the grown one is made of."""
     match = _LAYER.fullmatch(name)
@@ -223,8 +265,18 @@ def _source_name(name: str, num_layers: int) -> str:
     return f"{match[1]}{min(int(match[2]), num_layers - 1)}{match[3]}"
 
 
-def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a tensor of `shape` with `tensor` in its first corner and zeros elsewhere."""
+def _steps(name: str, ndim: int, head_factor: int) -> tuple[int, ...]:
+    """Return how far apart the entries of a parameter come to lie, by axis: `head_factor` where heads are laid out."""
+    # k times dimension i of head h, h·d + i, is dimension k·i of head h again: h·kd + k·i
+    if _HEAD_WRITER.fullmatch(name):
+        return (head_factor, 1)[:ndim]
+    if _HEAD_READER.fullmatch(name):
+        return (1, head_factor)
+    return (1, 1)[:ndim]
+
+
+def _padded(tensor: torch.Tensor, shape: torch.Size, steps: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor of `shape` with `tensor` in its first corner, entries `steps` apart, and zeros elsewhere."""
     padded = tensor.new_zeros(shape)
-    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    padded[tuple(slice(0, step * size, step) for size, step in zip(tensor.shape, steps, strict=True))] = tensor
     return padded

@@ -33,6 +33,8 @@ def add_parser(benches: Any) -> None:
         ("heads", "K times as many"),
         ("kv-heads", "K times as many"),
         ("intermediate", "K times as wide an MLP"),
+        ("head-size", "as it is; heads grow by whole multiples"),
+        ("positions", "as many as there are"),
     ):
         parser.add_argument(f"--{name}", metavar="N", type=options.positive_int, help=f"default: {default}")
     parser.add_argument(
@@ -47,7 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from vllm_redrafter.bench.grow import TargetShape, grow_drafter, grow_target
 
-    shape = TargetShape(arguments.factor, arguments.layers, arguments.heads, arguments.kv_heads, arguments.intermediate)
+    shape = TargetShape(
+        arguments.factor,
+        arguments.layers,
+        arguments.heads,
+        arguments.kv_heads,
+        arguments.intermediate,
+        arguments.head_size,
+        arguments.positions,
+    )
     target, drafter = arguments.output / "target", arguments.output / "drafter"
     grown: dict[str, Any] = {}
     try:
