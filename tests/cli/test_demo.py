@@ -3,15 +3,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
 from tests.cli.conftest import FakePair
 from vllm_redrafter.cli import demo, race
-from vllm_redrafter.cli.generation import Answer, Generation, merge
+from vllm_redrafter.cli.engine import Engine, EngineSpec
+from vllm_redrafter.cli.generation import Answer, Generation, Prompt
 from vllm_redrafter.cli.main import main
+from vllm_redrafter.cli.progress import Progress
 from vllm_redrafter.core.checkpoint import load_drafter
 
 FILE = "one two three\nfour\n"
@@ -78,17 +82,93 @@ def test_a_different_output_fails(fake_pair: FakePair, tmp_path: Path, capsys: p
     assert [line.rsplit("  ", 1)[-1].strip() for line in lines[3:7]] == ["identical", *["DIFFERENT"] * 3]
 
 
-def test_one_round_that_differs_is_enough_to_fail_and_speed_is_the_median() -> None:
-    def generation(seconds: float, *token_ids: int) -> Generation:
-        return Generation([Answer("", list(token_ids), 2, seconds)], seconds, {})
+def rounds_of_one_prompt(*seconds: float, last_token_id: int = 4) -> race.Rounds:
+    token_ids = [[1, 2, 3, 4]] * (len(seconds) - 1) + [[1, 2, 3, last_token_id]]
+    return [[Generation([Answer("", ids, 2, each)], each, {})] for each, ids in zip(seconds, token_ids, strict=True)]
 
-    same = [generation(seconds, 1, 2, 3, 4) for seconds in (1.0, 4.0, 2.0)]
-    rounds = {"baseline": same, "chain": same, "tree": same, "auto": [*same[:2], generation(2.0, 1, 2, 3, 5)]}
+
+def test_one_round_that_differs_is_enough_to_fail_and_speed_is_the_median() -> None:
+    same = rounds_of_one_prompt(1.0, 4.0, 2.0)
+    rounds = {
+        "baseline": same,
+        "chain": same,
+        "tree": same,
+        "auto": rounds_of_one_prompt(1.0, 4.0, 2.0, last_token_id=5),
+    }
 
     summary = demo.summarise(rounds)
 
     assert summary["identical"] is False
     assert summary["tokens_per_second"] == {"baseline": 2.0, "chain": 2.0, "tree": 2.0, "auto": 2.0}
+
+
+@pytest.mark.parametrize("stalled", race.LABELS)
+def test_one_stalled_measurement_moves_no_figure(
+    stalled: str,
+    fake_pair: FakePair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spec = race.specs(str(tmp_path / "target"), str(tmp_path / "drafter"), "float32")[stalled]
+    num_calls = 0
+
+    class Stalling(Engine):
+        def generate(self, prompts: Sequence[Prompt], sampling: dict[str, Any], **more: Any) -> Generation:
+            nonlocal num_calls
+            generation = super().generate(prompts, sampling, **more)
+            num_calls += self._spec == spec
+            # the first call is the warm-up
+            is_stalled = self._spec == spec and num_calls == 2
+            return generation._replace(seconds=60.0) if is_stalled else generation
+
+    monkeypatch.setattr(race, "Engine", Stalling)
+    # as few rounds as a slow machine gets
+    monkeypatch.setattr(race, "MAX_MEASURING_SECONDS", 0)
+
+    assert run(fake_pair, tmp_path) == 0
+
+    assert num_calls >= 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2] for line in lines[-6:-2]] == ["1.00x", "2.00x", "2.00x", "2.00x"]
+    assert json.loads(lines[-1])["speedup"] == 2.0
+    assert json.loads(lines[-1])["tokens_per_second"] == {"baseline": 4.0, "chain": 8.0, "tree": 8.0, "auto": 8.0}
+
+
+def test_a_machine_that_slows_down_between_two_engines_spoils_one_ratio() -> None:
+    # from the second measurement of the drafter on everything takes twice as long
+    baseline, auto = rounds_of_one_prompt(1.0, 1.0, 2.0), rounds_of_one_prompt(0.5, 1.0, 1.0)
+
+    assert demo.summarise({"baseline": baseline, "auto": auto})["speedup"] == 2.0
+
+
+def test_a_round_without_its_counterpart_does_not_count_for_the_speedup() -> None:
+    baseline, auto = rounds_of_one_prompt(1.0), rounds_of_one_prompt(0.5, 0.25, 0.25)
+
+    assert demo.summarise({"baseline": baseline, "auto": auto})["speedup"] == 2.0
+
+
+def test_engines_take_turns_at_every_prompt(fake_pair: FakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[str | None, EngineSpec]] = []
+
+    class Noting(Engine):
+        def generate(self, prompts: Sequence[Prompt], *rest: Any, **more: Any) -> Generation:
+            turns.append((prompts[0].text, self._spec))
+            return super().generate(prompts, *rest, **more)
+
+    monkeypatch.setattr(race, "Engine", Noting)
+    monkeypatch.setattr(race, "_available_bytes", lambda: 2**60)
+    specs = race.specs(*fake_pair(), "float32")
+
+    race.run(
+        specs,
+        [Prompt("one"), Prompt("two")],
+        {"temperature": 0.0, "max_tokens": 2},
+        lambda *_: None,
+        Progress(quiet=True),
+    )
+
+    assert turns == race.NUM_ROUNDS * [(text, spec) for text in ("one", "two") for spec in specs.values()]
 
 
 def test_a_prompt_that_is_too_long_is_named(
@@ -176,12 +256,16 @@ def test_the_four_engines_ask_for_a_chain_a_tree_and_a_budget_of_its_own() -> No
     }
 
 
-def test_a_slow_machine_gets_one_round(
-    fake_pair: FakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("num_prompts", "num_rounds"), [(1, 3), (2, 2), (3, 1)])
+def test_a_slow_machine_gets_no_more_rounds_than_a_median_needs(
+    num_prompts: int, num_rounds: int, fake_pair: FakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(race, "MAX_MEASURING_SECONDS", 0)
-    turns_played: list[int] = []
-    monkeypatch.setattr(race, "merge", lambda generations: turns_played.append(1) or merge(generations))
+    specs = race.specs(*fake_pair(), "float32")
+    prompts = [Prompt("one two")] * num_prompts
 
-    assert run(fake_pair, tmp_path, "--json-only") == 0
-    assert len(turns_played) == 4
+    rounds = race.run(specs, prompts, {"temperature": 0.0, "max_tokens": 2}, lambda *_: None, Progress(quiet=True))
+
+    assert {name: [len(each) for each in own] for name, own in rounds.items()} == dict.fromkeys(
+        specs, [num_prompts] * num_rounds
+    )

@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from vllm_redrafter.cli import color, options, race, table
 from vllm_redrafter.cli.engine import Engine
 from vllm_redrafter.cli.errors import FAILED, CommandError
-from vllm_redrafter.cli.generation import Generation, Prompt, tokens_per_step
+from vllm_redrafter.cli.generation import Answer, Generation, Prompt, tokens_per_step
 from vllm_redrafter.cli.progress import Progress
 from vllm_redrafter.cli.prompts import read_conversations
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         specs = race.specs(target, drafter, arguments.dtype)
         rounds = race.run(specs, prompts, sampling, warm_up, progress, verbose=arguments.verbose)
     progress.clear()
-    _refuse_errors(rounds["baseline"][0])
+    _refuse_errors(_answers(rounds["baseline"][0]))
     summary = summarise(rounds)
     if not arguments.json_only:
         print(_render(rounds))
@@ -82,14 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if summary["identical"] else FAILED
 
 
-def summarise(rounds: dict[str, list[Generation]]) -> dict[str, Any]:
-    """Return the figures of the last line: medians over rounds, and whether every output equals the baseline's."""
-    speed = {name: _tokens_per_second(generations) for name, generations in rounds.items()}
+def summarise(rounds: dict[str, race.Rounds]) -> dict[str, Any]:
+    """Return the figures of the last line: speeds are medians, and whether every output equals the baseline's."""
     return {
         "identical": all(_is_identical(rounds, name) for name in rounds),
-        "speedup": round(speed["auto"] / speed["baseline"], 3),
+        "speedup": round(_speedup(rounds, "auto"), 3),
         "mean_acceptance_length": round(_mean_acceptance_length(rounds["auto"]), 3),
-        "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
+        "tokens_per_second": {name: round(median(_speeds(own)), 1) for name, own in rounds.items()},
     }
 
 
@@ -158,32 +158,46 @@ def _stream(engine: Engine, prompt: Prompt, sampling: dict[str, Any], style: col
         print("\n")
 
 
-def _refuse_errors(generation: Generation) -> None:
-    for number, answer in enumerate(generation.answers, start=1):
+def _answers(generations: Iterable[Generation]) -> list[Answer]:
+    return [answer for generation in generations for answer in generation.answers]
+
+
+def _refuse_errors(answers: list[Answer]) -> None:
+    for number, answer in enumerate(answers, start=1):
         if answer.error is not None:
             raise CommandError(f"prompt {number}: {answer.error}")
 
 
-def _tokens_per_second(generations: list[Generation]) -> float:
-    return median(generation.num_tokens / generation.seconds for generation in generations)
+def _speeds(rounds: race.Rounds) -> list[float]:
+    """Return the tokens/s of every prompt in every round."""
+    return [generation.num_tokens / generation.seconds for generation in chain.from_iterable(rounds)]
 
 
-def _mean_acceptance_length(generations: list[Generation]) -> float:
+def _speedup(rounds: dict[str, race.Rounds], name: str) -> float:
+    """Return the median of the ratios to the baseline at the same prompt in the same round.
+
+    One stalled measurement moves one ratio, and what slows the machine for longer slows both sides of a ratio.
+    """
+    # engines that ran one after another may differ in rounds: what has no counterpart is left out
+    pairs = zip(_speeds(rounds[name]), _speeds(rounds["baseline"]), strict=False)
+    return median(own / baseline for own, baseline in pairs)
+
+
+def _mean_acceptance_length(rounds: race.Rounds) -> float:
     # an answer of one token comes from the prompt's step alone
-    return tokens_per_step(answer for generation in generations for answer in generation.answers) or 1.0
+    return tokens_per_step(_answers(chain.from_iterable(rounds))) or 1.0
 
 
-def _is_identical(rounds: dict[str, list[Generation]], name: str) -> bool:
-    expected = [answer.token_ids for answer in rounds["baseline"][0].answers]
-    return all([answer.token_ids for answer in generation.answers] == expected for generation in rounds[name])
+def _is_identical(rounds: dict[str, race.Rounds], name: str) -> bool:
+    expected = [answer.token_ids for answer in _answers(rounds["baseline"][0])]
+    return all([answer.token_ids for answer in _answers(generations)] == expected for generations in rounds[name])
 
 
-def _render(rounds: dict[str, list[Generation]]) -> str:
-    baseline = _tokens_per_second(rounds["baseline"])
+def _render(rounds: dict[str, race.Rounds]) -> str:
     rows = []
-    for name, generations in rounds.items():
-        speed = _tokens_per_second(generations)
+    for name, own in rounds.items():
+        speed, speedup = table.number(median(_speeds(own)), 1), table.number(_speedup(rounds, name), 2, "x")
+        length = table.number(_mean_acceptance_length(own))
         output = "identical" if _is_identical(rounds, name) else "DIFFERENT"
-        length = table.number(_mean_acceptance_length(generations))
-        rows.append((race.LABELS[name], table.number(speed, 1), length, table.number(speed / baseline, 2, "x"), output))
+        rows.append((race.LABELS[name], speed, length, speedup, output))
     return table.render(("", "tokens/s", "tokens per step", "speed-up", "output"), rows)

@@ -1,4 +1,4 @@
-"""Four engines that generate the same prompts in turn, so that what else the machine does falls on all of them."""
+"""Four engines that take turns at every prompt, so that what else the machine does falls on all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_redrafter.cli.engine import Engine, EngineSpec
-from vllm_redrafter.cli.generation import Generation, Prompt, merge
+from vllm_redrafter.cli.generation import Generation, Prompt
 from vllm_redrafter.cli.options import speculative_config
 from vllm_redrafter.cli.progress import Progress
 
@@ -17,8 +17,13 @@ LABELS = {"baseline": "baseline", "chain": "chain of 4", "tree": "tree of 8", "a
 NUM_ROUNDS = 3
 MAX_MEASURING_SECONDS = 60
 """No further round begins after this: a busy or slow machine gets fewer."""
+MIN_MEASUREMENTS = 3
+"""Per engine, however long they take: fewer have a median that one of them can move."""
 BYTES_PER_ENGINE = 5 * 2**29
 """An engine without its weights: libraries 1 GiB, KV cache 1 GiB, room."""
+
+Rounds = list[list[Generation]]
+"""What one engine did: in every round, one generation per prompt."""
 
 
 def specs(target: str, drafter: str, dtype: str) -> dict[str, EngineSpec]:
@@ -40,12 +45,13 @@ def run(
     progress: Progress,
     *,
     verbose: bool = False,
-) -> dict[str, list[Generation]]:
-    """Return each engine's generations, one per round; a prompt runs alone and one engine works at a time.
+) -> dict[str, Rounds]:
+    """Return each engine's rounds; a prompt runs alone and one engine works at a time.
 
-    All engines stay up and the rounds alternate between them; where memory is short they run one after another.
+    All engines stay up and take turns at every prompt; where memory is short they run one after another, and then one
+    may have had time for more rounds than another.
     """
-    rounds: dict[str, list[Generation]] = {name: [] for name in specs}
+    rounds: dict[str, Rounds] = {name: [] for name in specs}
     groups = _groups(specs)
     for group in groups:
         with contextlib.ExitStack() as stack:
@@ -63,11 +69,15 @@ def run(
                     warm_up(name, engines[name])
             started = time.perf_counter()
             for number in range(NUM_ROUNDS):
-                if number > 0 and time.perf_counter() - started > MAX_MEASURING_SECONDS / len(groups):
+                is_late = time.perf_counter() - started > MAX_MEASURING_SECONDS / len(groups)
+                if is_late and number * len(prompts) >= MIN_MEASUREMENTS:
                     break
-                for turn, (name, engine) in enumerate(engines.items()):
-                    progress.count(f"measuring, round {number + 1} of {NUM_ROUNDS}", turn, len(engines))
-                    rounds[name].append(merge([engine.generate([prompt], sampling) for prompt in prompts]))
+                for name in engines:
+                    rounds[name].append([])
+                for turn, prompt in enumerate(prompts):
+                    progress.count(f"measuring, round {number + 1} of {NUM_ROUNDS}", turn, len(prompts))
+                    for name, engine in engines.items():
+                        rounds[name][-1].append(engine.generate([prompt], sampling))
     return rounds
 
 
