@@ -1,8 +1,9 @@
 """The kernels against their twins, and on a GPU against the clock.
 
 Times are held against a floor, the bytes that must be moved over the bandwidth that a copy reaches, and against what
-stock code takes for the same rows: attention of a chain by torch on keys and values that lie in one piece, a copy per
-layer instead of one for all, an argmax. Needs no vLLM: what the core needs, and Triton.
+stock code takes for the same rows: attention of a chain by vLLM's FlashAttention on the same paged cache, or by torch
+on keys and values that lie in one piece where there is no vLLM, a copy per layer instead of one for all, an argmax.
+Needs no vLLM: what the core needs, and Triton.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_redrafter.bench import graph_time
+from vllm_redrafter.bench import drafts, graph_time, stock
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
+from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.kernels import commit_kv, reference, sampling_noise, tree_attention, verify_walk
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.caches import layer_caches
@@ -24,6 +26,9 @@ _TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 _NUM_LAYERS = 32
 _VOCAB_SIZE = 128_000
 _DRAFT_VOCAB_SIZE = 32_000
+_HIDDEN_SIZE = 4096
+_EXIT_DIMS = (1024, 4096)
+_DRAFT_SHAPE = BeamShape(width=4, length=5)
 
 
 class Measurement(NamedTuple):
@@ -98,6 +103,8 @@ def measure(plan: Plan) -> Iterator[Measurement]:
         yield _timed_walk(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
         yield _timed_draw(f"batch {batch_size} {_VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
         yield _timed_noise(f"batch {batch_size} {_DRAFT_VOCAB_SIZE} tokens", batch_size, bytes_per_ms)
+    for exit_dim in _EXIT_DIMS:
+        yield from _timed_drafts(exit_dim, plan, bytes_per_ms)
 
 
 def _attention(case: str, batch: Batch, **options: Any) -> Measurement:
@@ -136,15 +143,8 @@ def _timed_attention(
     out = torch.empty_like(batch.query)
     ms = graph_time.time_ms([_call(tree_attention.tree_attention, *one.inputs, layer, out) for one in layers])
     del layers
-    query = batch.query[: batch_size * rows].view(batch_size, rows, *batch.query.shape[1:]).transpose(1, 2)
-    kv_shape = (batch_size, plan.num_kv_heads, context_len + rows, plan.head_size)
-    pieces = [
-        [torch.randn(kv_shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        for _ in range(graph_time.num_copies(kv_bytes * 2 // cache_dtype.itemsize))
-    ]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    stock_ms = graph_time.time_ms([_call(attend, query, *piece, enable_gqa=True) for piece in pieces])
-    num_bytes = kv_bytes + 2 * query.numel() * query.element_size()
+    stock_ms = graph_time.time_ms(stock.chain_attention(batch, kv_bytes))
+    num_bytes = kv_bytes + 2 * batch_size * rows * batch.query[0].numel() * batch.query.element_size()
     return measured._replace(ms=ms, floor_ms=num_bytes / bytes_per_ms, stock_ms=stock_ms)
 
 
@@ -259,6 +259,19 @@ def _timed_noise(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
     num_bytes = num_rows * _DRAFT_VOCAB_SIZE * torch.float32.itemsize
     ms = graph_time.time_ms([_call(sampling_noise.sampling_noise, *rows)])
     return _noise(case, *rows)._replace(ms=ms, floor_ms=num_bytes / bytes_per_ms)
+
+
+def _timed_drafts(exit_dim: int, plan: Plan, bytes_per_ms: float) -> Iterator[Measurement]:
+    """Yield what whole drafts take, from hidden states to trees; the floor reads every weight once per depth.
+
+    There is no twin to differ from: the search is the core's.
+    """
+    drafter = drafts.random_drafter(_HIDDEN_SIZE, exit_dim, _VOCAB_SIZE, _DRAFT_VOCAB_SIZE, "cuda")
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in drafter.parameters())
+    floor_ms = _DRAFT_SHAPE.length * num_bytes / bytes_per_ms
+    for batch_size in plan.batch_sizes:
+        ms = graph_time.time_ms([drafts.draft_call(drafter, batch_size, _DRAFT_SHAPE, plan.num_nodes)])
+        yield Measurement("draft", f"batch {batch_size} exit {exit_dim}", 0.0, 0.0, ms, floor_ms)
 
 
 def _call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[[], object]:

@@ -1,0 +1,49 @@
+"""Whole drafts of a large target's shape, by a drafter of random weights: what one costs does not depend on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_redrafter import kernels
+from vllm_redrafter.adapter.v2 import draft_trees
+from vllm_redrafter.core.beam_search import BeamShape
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
+
+
+def random_drafter(
+    hidden_size: int,
+    exit_dim: int,
+    vocab_size: int,
+    draft_vocab_size: int,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ReDrafter:
+    """Return a drafter as it is served, its draft vocabulary the first tokens."""
+    config = ReDrafterConfig(hidden_size, vocab_size, exit_dim, draft_vocab_size=draft_vocab_size)
+    with torch.device(device):
+        drafter = ReDrafter(config).to(dtype).requires_grad_(False)
+        drafter.set_draft_vocabulary(torch.arange(draft_vocab_size))
+    return drafter
+
+
+def draft_call(drafter: ReDrafter, num_requests: int, shape: BeamShape, num_nodes: int) -> Callable[[], object]:
+    """Return a call that drafts trees for sampled requests, as model runner V2 has it done: the noise is foreseen."""
+    config, weight = drafter.config, next(drafter.parameters())
+    with torch.device(weight.device):
+        table = torch.randn(config.vocab_size, config.hidden_size, dtype=weight.dtype)
+        hidden = torch.randn(num_requests, config.hidden_size, dtype=weight.dtype)
+        init_ids, seeds = torch.arange(num_requests), torch.arange(num_requests)
+        temperatures = torch.full((num_requests,), 0.7)
+        is_linear = torch.zeros(num_requests, dtype=torch.bool)
+    drafted_ids = drafter.drafted_ids(weight.device)
+
+    def foresee(depth: int, logits: torch.Tensor) -> torch.Tensor:
+        noise = kernels.backend().sampling_noise(init_ids + depth, temperatures, seeds, drafted_ids)
+        return logits + noise[:, None]
+
+    return lambda: draft_trees.draft(
+        drafter, lambda ids: table[ids], hidden, init_ids, is_linear, shape, num_nodes, foresee
+    )
