@@ -168,6 +168,24 @@ def test_installing_twice_wraps_once(upstream: ModuleType, monkeypatch: pytest.M
     assert upstream.Owner().method(1) == ("wrapped", "original")
 
 
+def test_a_function_that_vllm_has_imported_by_name_before_is_wrapped_there_too(
+    upstream: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importer, namesake = ModuleType("vllm.fake_importer"), ModuleType("vllm.fake_namesake")
+    original = lambda first: "original"  # noqa: E731
+    upstream.function = importer.function = original  # type: ignore[attr-defined]
+    namesake.function = lambda first: "another"  # type: ignore[attr-defined]
+    for module in (importer, namesake):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    wrap = lambda wrapped: lambda first: ("wrapped", wrapped(first))  # noqa: E731
+    monkeypatch.setattr(patches, "PATCHES", (Patch("fake_upstream", "", "function", wrap, "", ""),))
+
+    patches.install()
+
+    assert importer.function(1) == upstream.function(1) == ("wrapped", "original")
+    assert namesake.function(1) == "another"
+
+
 def test_what_is_not_there_is_left_out_and_the_rest_is_installed(
     upstream: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -232,6 +233,15 @@ def install() -> None:
         wrapped = patch.wrap(original)
         wrapped._redrafter_patch = patch  # type: ignore[attr-defined]
         setattr(owner, patch.name, wrapped)
+        _rebind(patch.name, original, wrapped)
+
+
+def _rebind(name: str, original: Callable[..., Any], wrapped: Callable[..., Any]) -> None:
+    """Replace a function also where modules of vLLM that are loaded already have imported it by name."""
+    for module in [module for path, module in sys.modules.items() if path.startswith("vllm.")]:
+        # not getattr: some modules import what they are asked for
+        if vars(module).get(name) is original:
+            setattr(module, name, wrapped)
 
 
 def check_contracts() -> list[ContractCheck]:

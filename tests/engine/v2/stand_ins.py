@@ -3,8 +3,9 @@
 FlashAttention, Triton's and FlashInfer's attention all keep keys and values side by side in
 [num_blocks, num_kv_heads, block_size, 2 * head_size]. vLLM's own CPU kernel does not. The backend here does, in plain
 torch, with and without the plugin, so that comparisons are between two engines of one stock backend. Async scheduling
-works under model runner V2 on a CPU too, but its platform turns it off. Two kernels of vLLM's cannot be interpreted:
-that for top-k and top-p, which vLLM has in torch too, and that for the masks of grammars.
+works under model runner V2 on a CPU too, but its platform turns it off. A GPU's worker does more at start, and so does
+this one. Two kernels of vLLM's cannot be interpreted: that for top-k and top-p, which vLLM has in torch too, and that
+for the masks of grammars.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import itertools
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.sample.ops import topk_topp_sampler
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
+from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from tests.kernels.interpreter import multiply_bf16
 
@@ -36,6 +41,29 @@ def register() -> None:
         vllm_config.scheduler_config.async_scheduling = asked
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+    start_as_on_a_gpu()
+
+
+def start_as_on_a_gpu() -> None:
+    """Let the worker do at start what a GPU's does: run without a KV cache, get a throwaway one, warm kernels up."""
+    determine, warm_up = CPUWorker.determine_available_memory, CPUWorker.compile_or_warm_up_model
+
+    def determine_available_memory(self: CPUWorker) -> int:
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.profile_run()
+            # a CPU captures nothing and has no sizes for it
+            self.model_runner.compilation_config.max_cudagraph_capture_size = 1
+            cudagraph_utils._init_minimal_kv_cache_for_profiling(self.model_runner)
+            cudagraph_utils._teardown_profiling_state(self.model_runner)
+        return determine(self)
+
+    def compile_or_warm_up_model(self: CPUWorker) -> Any:
+        times = warm_up(self)
+        warmup_kernels(self.model_runner, self.execute_model, self.sample_tokens)
+        return times
+
+    CPUWorker.determine_available_memory = determine_available_memory
+    CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
 def apply_grammar_bitmask(

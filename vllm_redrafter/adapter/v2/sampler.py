@@ -27,6 +27,9 @@ from vllm_redrafter.core.acceptance import Walk
 class TreeSampler:
     """What vLLM calls instead of its rejection sampler where a batch has drafts."""
 
+    enable_adaptive_verification = False
+    """What vLLM's warm-up asks for: whether drafts are cut off by how likely they are, which ours are not."""
+
     def __init__(self, sampler: Any, trees: TreeBuffers, step: Step, positions: torch.Tensor) -> None:
         self.sampler = sampler
         self.trees = trees
