@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.core import naive
+from vllm_redrafter.core.beam_search import BeamShape, search
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
@@ -95,12 +96,12 @@ def test_a_drafter_with_fused_layers_does_not_take_the_last_hidden_state_alone()
 @torch.no_grad()
 def test_a_bfloat16_drafter_scores_in_float32() -> None:
     drafter = make_drafter().bfloat16()
-    embedding, hidden = nn.Embedding(VOCAB, HIDDEN).bfloat16(), torch.randn(HIDDEN).bfloat16()
+    embedding, hidden = nn.Embedding(VOCAB, HIDDEN).bfloat16(), torch.randn(1, HIDDEN).bfloat16()
 
-    row = drafted_log_probs(drafter, embedding, hidden, [5])[0]
+    found = search(drafter, embedding, hidden, torch.tensor([5]), BeamShape(width=1, length=1), num_candidates=VOCAB)
 
-    assert row.dtype == torch.float32
-    assert row.exp().sum() == pytest.approx(1, abs=1e-5)
+    assert found.log_probs.dtype == torch.float32
+    assert found.log_probs.exp().sum() == pytest.approx(1, abs=1e-5)
 
 
 @torch.no_grad()

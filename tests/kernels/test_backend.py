@@ -15,6 +15,10 @@ commit_kv = pytest.importorskip("vllm_redrafter.kernels.commit_kv", reason="need
 sampling_noise = pytest.importorskip(
     "vllm_redrafter.kernels.sampling_noise", reason="needs Triton", exc_type=ImportError
 )
+best_continuations = pytest.importorskip(
+    "vllm_redrafter.kernels.best_continuations", reason="needs Triton", exc_type=ImportError
+)
+draft_trees = pytest.importorskip("vllm_redrafter.kernels.draft_trees", reason="needs Triton", exc_type=ImportError)
 verify_walk = pytest.importorskip("vllm_redrafter.kernels.verify_walk", reason="needs Triton", exc_type=ImportError)
 
 
@@ -35,6 +39,8 @@ def test_interpreted_kernels_are_tritons() -> None:
         verify_walk.target_tokens,
         verify_walk.verify_walk,
         sampling_noise.sampling_noise,
+        best_continuations.best_continuations,
+        draft_trees.draft_trees,
     )
 
 
@@ -50,7 +56,7 @@ def test_without_a_gpu_the_twins_take_over(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", Backend._fields[1:])
 def test_kernel_and_twin_have_one_signature(name: str) -> None:
-    modules = (tree_attention, commit_kv, verify_walk, sampling_noise)
-    (kernel,) = (getattr(module, name) for module in modules if hasattr(module, name))
+    modules = (tree_attention, commit_kv, verify_walk, sampling_noise, best_continuations, draft_trees)
+    (kernel,) = (vars(module)[name] for module in modules if callable(vars(module).get(name)))
 
     assert inspect.signature(kernel) == inspect.signature(getattr(reference, name))

@@ -150,7 +150,7 @@ def _extended(
 ) -> tuple[Candidates, Beams]:  # noise: [batch, depths, head_size]
     depths = []
     for _ in range(num_depths):
-        candidates, beams = search.extend(beams, lambda depth, logits: logits + noise[:, depth, None])
+        candidates, beams = search.extend(beams, noise=lambda depth: noise[:, depth])
         depths.append(candidates)
     return beam_search.join(depths), beams
 

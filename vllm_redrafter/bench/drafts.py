@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_redrafter import kernels
-from vllm_redrafter.adapter.v2 import draft_trees
+from vllm_redrafter.adapter.v2 import drafting
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -40,10 +40,17 @@ def draft_call(drafter: ReDrafter, num_requests: int, shape: BeamShape, num_node
         is_linear = torch.zeros(num_requests, dtype=torch.bool)
     drafted_ids = drafter.drafted_ids(weight.device)
 
-    def foresee(depth: int, logits: torch.Tensor) -> torch.Tensor:
-        noise = kernels.backend().sampling_noise(init_ids + depth, temperatures, seeds, drafted_ids)
-        return logits + noise[:, None]
+    def noise(depth: int) -> torch.Tensor:
+        return kernels.backend().sampling_noise(init_ids + depth, temperatures, seeds, drafted_ids)
 
-    return lambda: draft_trees.draft(
-        drafter, lambda ids: table[ids], hidden, init_ids, is_linear, shape, num_nodes, foresee
+    return lambda: drafting.draft(
+        drafter,
+        lambda ids: table[ids],
+        hidden,
+        init_ids,
+        is_linear,
+        shape,
+        num_nodes,
+        noise,
+        kernels.backend().best_continuations,
     )

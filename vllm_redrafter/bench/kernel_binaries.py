@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 
 from vllm_redrafter.bench.tree_batches import random_batch
-from vllm_redrafter.kernels import commit_kv, sampling_noise, tree_attention, verify_walk
+from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.kernels import (
+    best_continuations,
+    commit_kv,
+    draft_trees,
+    sampling_noise,
+    tree_attention,
+    verify_walk,
+)
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.binary import Binary, compile_launch
 from vllm_redrafter.kernels.caches import layer_caches
@@ -64,6 +72,17 @@ def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         "32k tokens",
         sampling_noise.plan(ids[0, :1], torch.zeros(1), ids[0, :1], torch.zeros(32_000, dtype=torch.int64)),
     )
+    for num_beams, num_tokens, num_kept in ((1, 32_000, 16), (4, 32_000, 16), (64, 128_000, 63)):
+        logits, noise = torch.zeros(1, num_beams, num_tokens, dtype=torch.bfloat16), torch.zeros(1, num_tokens)
+        for launch in best_continuations.plan(logits, logits[..., 0].float(), num_kept, noise):
+            yield f"{num_kept} of {num_beams} x {num_tokens // 1000}k", launch
+    for num_nodes, num_candidates in ((16, 80), (63, 630)):
+        column = torch.zeros(1, num_candidates, dtype=torch.int64)
+        candidates = Candidates(column, column, column.float())
+        yield (
+            f"{num_nodes} of {num_candidates}",
+            draft_trees.plan(ids[0, :1], candidates, torch.zeros(1, dtype=torch.bool), num_nodes),
+        )
 
 
 def _attention(

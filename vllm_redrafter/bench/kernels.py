@@ -16,8 +16,17 @@ import torch
 
 from vllm_redrafter.bench import drafts, graph_time, stock
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
-from vllm_redrafter.core.beam_search import BeamShape
-from vllm_redrafter.kernels import commit_kv, reference, sampling_noise, tree_attention, verify_walk
+from vllm_redrafter.core import beam_search
+from vllm_redrafter.core.beam_search import BeamShape, Candidates
+from vllm_redrafter.kernels import (
+    best_continuations,
+    commit_kv,
+    draft_trees,
+    reference,
+    sampling_noise,
+    tree_attention,
+    verify_walk,
+)
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.caches import layer_caches
 
@@ -27,6 +36,7 @@ _NUM_LAYERS = 32
 _VOCAB_SIZE = 128_000
 _DRAFT_VOCAB_SIZE = 32_000
 _HIDDEN_SIZE = 4096
+_NUM_CANDIDATES = 16
 _EXIT_DIMS = (1024, 4096)
 _DRAFT_SHAPE = BeamShape(width=4, length=5)
 
@@ -79,6 +89,8 @@ def check(device: str) -> Iterator[Measurement]:
     yield _walk("63 nodes", 8, 63, device)
     yield _draw("5000 tokens", *_draw_case(8, 5000, device))
     yield _noise("5000 tokens", *_noise_case(8, 5000, device))
+    yield _choice("16 of 3 x 5000 tokens", *_choice_case(2, 3, 5000, main_dtype, device))
+    yield _trees("16 of 80", *_trees_case(8, 5, 16, device))
 
 
 def measure(plan: Plan) -> Iterator[Measurement]:
@@ -103,6 +115,8 @@ def measure(plan: Plan) -> Iterator[Measurement]:
         yield _timed_walk(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
         yield _timed_draw(f"batch {batch_size} {_VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
         yield _timed_noise(f"batch {batch_size} {_DRAFT_VOCAB_SIZE} tokens", batch_size, bytes_per_ms)
+        yield _timed_choice(f"batch {batch_size} {_DRAFT_SHAPE.width} x {_DRAFT_VOCAB_SIZE}", batch_size, bytes_per_ms)
+        yield _timed_trees(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
     for exit_dim in _EXIT_DIMS:
         yield from _timed_drafts(exit_dim, plan, bytes_per_ms)
 
@@ -259,6 +273,71 @@ def _timed_noise(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
     num_bytes = num_rows * _DRAFT_VOCAB_SIZE * torch.float32.itemsize
     ms = graph_time.time_ms([_call(sampling_noise.sampling_noise, *rows)])
     return _noise(case, *rows)._replace(ms=ms, floor_ms=num_bytes / bytes_per_ms)
+
+
+def _choice_case(
+    batch_size: int, num_beams: int, num_tokens: int, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    logits = 3 * torch.randn(batch_size, num_beams, num_tokens, generator=generator, device=device)
+    noise = torch.randn(batch_size, num_tokens, generator=generator, device=device)
+    return logits.to(dtype), -torch.rand(batch_size, num_beams, generator=generator, device=device), noise
+
+
+def _choice(case: str, logits: torch.Tensor, scores: torch.Tensor, noise: torch.Tensor) -> Measurement:
+    ours = best_continuations.best_continuations(logits, scores, _NUM_CANDIDATES, noise, 1.25)
+    twin = reference.best_continuations(logits, scores, _NUM_CANDIDATES, noise, 1.25)
+    # not the tokens: two that all but tie may change places
+    error = (ours.log_probs - twin.log_probs).abs().max() / twin.log_probs.abs().max()
+    return Measurement("best_continuations", case, float(error), _TOLERANCES[torch.float32])
+
+
+def _timed_choice(case: str, batch_size: int, bytes_per_ms: float) -> Measurement:
+    logits, scores, noise = _choice_case(batch_size, _DRAFT_SHAPE.width, _DRAFT_VOCAB_SIZE, torch.bfloat16, "cuda")
+
+    def choose_by_torch() -> object:
+        return beam_search.best_continuations(logits, scores, _NUM_CANDIDATES, noise, 1.25)
+
+    num_bytes = logits.numel() * logits.element_size() + noise.numel() * noise.element_size()
+    return _choice(case, logits, scores, noise)._replace(
+        ms=graph_time.time_ms(
+            [_call(best_continuations.best_continuations, logits, scores, _NUM_CANDIDATES, noise, 1.25)]
+        ),
+        floor_ms=num_bytes / bytes_per_ms,
+        stock_ms=graph_time.time_ms([choose_by_torch]),
+    )
+
+
+def _trees_case(
+    num_requests: int, num_depths: int, num_kept: int, device: str
+) -> tuple[torch.Tensor, Candidates, torch.Tensor, int]:
+    generator = torch.Generator().manual_seed(0)
+    depths = []
+    scores, first = torch.zeros(num_requests, 1), -1
+    for depth in range(num_depths):
+        beams = torch.randint(scores.shape[1], (num_requests, num_kept), generator=generator)
+        drops = torch.rand(num_requests, num_kept, generator=generator)
+        found = (scores.gather(1, beams) - drops).sort(dim=1, descending=True)
+        tokens = torch.randint(1000, (num_requests, num_kept), generator=generator)
+        depths.append(Candidates(tokens, beams.gather(1, found.indices) + first, found.values))
+        scores, first = found.values[:, : _DRAFT_SHAPE.width], depth * num_kept
+    candidates = Candidates(*(column.to(device) for column in beam_search.join(depths)))
+    is_linear = torch.arange(num_requests, device=device) % 4 == 3
+    return torch.arange(num_requests, device=device), candidates, is_linear, num_kept
+
+
+def _trees(case: str, *search: Any) -> Measurement:
+    ours, twin = draft_trees.draft_trees(*search), reference.draft_trees(*search)
+    different = [float((a != b).float().mean()) for a, b in zip(ours, twin, strict=True)]
+    return Measurement("draft_trees", case, max(different), 0.0)
+
+
+def _timed_trees(case: str, num_requests: int, num_nodes: int) -> Measurement:
+    search = _trees_case(num_requests, _DRAFT_SHAPE.length, num_nodes, "cuda")
+    return _trees(case, *search)._replace(
+        ms=graph_time.time_ms([_call(draft_trees.draft_trees, *search)]),
+        stock_ms=graph_time.time_ms([_call(reference.draft_trees, *search)]),
+    )
 
 
 def _timed_drafts(exit_dim: int, plan: Plan, bytes_per_ms: float) -> Iterator[Measurement]:

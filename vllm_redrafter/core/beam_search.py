@@ -25,6 +25,9 @@ Foresight = Callable[[int, torch.Tensor], torch.Tensor]
 """Given a depth from 0 and the drafter's logits there, [batch, beams, head_size] fp32, returns logits that rank first
 what sampling will draw (`core.noise`)."""
 
+Noise = Callable[[int], torch.Tensor]
+"""Foresight that only adds: given a depth from 0, returns what is added to the logits, [batch, head_size] fp32."""
+
 
 class BeamShape(NamedTuple):
     """How far and how wide to search."""
@@ -65,17 +68,24 @@ class Continuations(NamedTuple):
     log_probs: torch.Tensor  # [batch, kept]: cumulative, fp32
 
 
-Choose = Callable[[torch.Tensor, torch.Tensor, int], Continuations]
-"""Given the head's logits, the beams' log-probabilities and a number, returns so many continuations."""
+Choose = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None, float], Continuations]
+"""What `best_continuations` is an example of."""
 
 
 def best_continuations(
-    logits: torch.Tensor,  # [batch, beams, head_size] fp32
-    scores: torch.Tensor,  # [batch, beams]: cumulative log-probabilities
+    logits: torch.Tensor,  # [batch, beams, head_size]
+    scores: torch.Tensor,  # [batch, beams]: cumulative log-probabilities, fp32
     num_kept: int,
+    noise: torch.Tensor | None = None,  # [batch, head_size] fp32: added to the logits of all beams
+    scale: float = 1.0,
 ) -> Continuations:
-    """Return the best `num_kept` continuations, or all where there are fewer."""
-    totals = (logits.log_softmax(dim=-1) + scores[..., None]).flatten(1)
+    """Return the best `num_kept` continuations, or all where there are fewer.
+
+    Args:
+        scale: what logits are multiplied by after the noise is added.
+    """
+    values = logits.float() if noise is None else logits.float() + noise[:, None]
+    totals = ((values if scale == 1 else values * scale).log_softmax(dim=-1) + scores[..., None]).flatten(1)
     best = totals.topk(min(num_kept, totals.shape[1]), dim=-1)
     head_size = logits.shape[-1]
     return Continuations(best.indices // head_size, best.indices % head_size, best.values)
@@ -120,13 +130,16 @@ class BeamSearch:
         scores = torch.zeros(len(init_ids), 1, device=hidden.device)
         return Beams(self._drafter.start(hidden[:, None]), init_ids[:, None], scores, depth=0, first=-1, num_found=0)
 
-    def extend(self, beams: Beams, foresight: Foresight | None = None) -> tuple[Candidates, Beams]:
+    def extend(
+        self, beams: Beams, foresight: Foresight | None = None, noise: Noise | None = None
+    ) -> tuple[Candidates, Beams]:
         """Return the best continuations by one token, and the beams that the best of them are."""
         read = self._embed(beams.token_ids).to(beams.state.recurrent.dtype)
         state = self._drafter.advance(beams.state, read)
         change = None if foresight is None else partial(foresight, beams.depth)
-        logits = self._drafter.processed_logits(state, self._sharpness, change)
-        best = self._choose(logits, beams.scores, self._num_kept)
+        logits = self._drafter.processed_logits(state, change)
+        added = None if noise is None else noise(beams.depth)
+        best = self._choose(logits, beams.scores, self._num_kept, added, self._sharpness)
         token_ids = best.draft_ids if self._target_ids is None else self._target_ids[best.draft_ids]
         candidates = Candidates(token_ids, best.beams + beams.first, best.log_probs)
 
@@ -148,12 +161,20 @@ class BeamSearch:
         init_ids: torch.Tensor,  # [batch]
         floor: float = float("-inf"),
         foresight: Foresight | None = None,
+        noise: Noise | None = None,
     ) -> Candidates:
-        """Return what `search` does."""
+        """Return the candidates of all depths, or of those up to the one at which no beam is above the floor.
+
+        Args:
+            floor: cumulative log-probability.
+            foresight: what is made of the drafter's logits before they are multiplied; None where nothing is sampled,
+                or nothing is known of it.
+            noise: what is added to them instead.
+        """
         beams = self.start(hidden, init_ids)
         depths: list[Candidates] = []
         for _ in range(self._length):
-            candidates, beams = self.extend(beams, foresight)
+            candidates, beams = self.extend(beams, foresight, noise)
             depths.append(candidates)
             # waits for the device, and only where a floor is given
             if floor > float("-inf") and float(beams.scores[:, 0].max()) <= floor:
@@ -176,17 +197,18 @@ def search(
     floor: float = float("-inf"),
     sharpness: float = 1.0,
     foresight: Foresight | None = None,
+    noise: Noise | None = None,
     choose: Choose = best_continuations,
 ) -> Candidates:
-    """Return the best continuations of `init_ids` by cumulative log-probability; the arguments are `BeamSearch`'s.
+    """Return the best continuations of `init_ids` by cumulative log-probability, in one go.
 
     Args:
         hidden: what `ReDrafter.start` takes, at the token before `init_ids`.
-        floor: cumulative log-probability that a beam must exceed for the search to go on; it ends when none does.
-        foresight: what is made of the drafter's logits before they are multiplied; None where nothing is sampled, or
-            nothing is known of it.
+        shape: `num_candidates`, `sharpness` and `choose` too are `BeamSearch`'s.
+        floor: `foresight` and `noise` too are those of `BeamSearch.run`.
 
     Raises:
         ValueError: the shape holds a number below 1.
     """
-    return BeamSearch(drafter, embed, shape, num_candidates, sharpness, choose).run(hidden, init_ids, floor, foresight)
+    search = BeamSearch(drafter, embed, shape, num_candidates, sharpness, choose)
+    return search.run(hidden, init_ids, floor, foresight, noise)

@@ -208,21 +208,18 @@ class ReDrafter(nn.Module):
         return functional.linear(x, self._tied_head.to(x.dtype))
 
     def processed_logits(
-        self, state: DraftState, scale: float = 1.0, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self, state: DraftState, change: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Return fp32 logits whose softmax is Q of the next token, [..., head_size]; -inf outside the `top_k` best.
+        """Return logits whose softmax is Q of the next token, [..., head_size]; -inf outside the `top_k` best.
 
         What is as good as the last of those is kept too.
 
         Args:
-            scale: what logits are multiplied by.
-            change: what is made of them before that.
+            change: what is made of them, in fp32; without it they come in the drafter's own type.
         """
-        logits = self.logits(state).float()
+        logits = self.logits(state)
         top_k = self.config.top_k
         if top_k is not None and top_k < logits.shape[-1]:
             threshold = logits.topk(top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))
-        if change is not None:
-            logits = change(logits)
-        return logits if scale == 1 else logits * scale
+        return logits if change is None else change(logits.float())

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from vllm_redrafter.core.acceptance import Walk
-from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
+from vllm_redrafter.core.beam_search import Candidates, Choose
+from vllm_redrafter.kernels.batch import AttentionOptions, PaddedTrees, TreeBatch
 from vllm_redrafter.kernels.caches import LayerCaches
 
 _Tensor = torch.Tensor
@@ -27,6 +28,8 @@ class Backend(NamedTuple):
     target_tokens: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
     verify_walk: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], Walk]
     sampling_noise: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
+    best_continuations: Choose
+    draft_trees: Callable[[_Tensor, Candidates, _Tensor, int], PaddedTrees]
 
 
 @functools.cache
@@ -34,7 +37,14 @@ def backend() -> Backend:
     """Return the kernels of this process: Triton's on a GPU or where it interprets them, else the twins in torch."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if find_spec("triton") is not None and (interpreted or torch.cuda.is_available()):
-        from vllm_redrafter.kernels import commit_kv, sampling_noise, tree_attention, verify_walk
+        from vllm_redrafter.kernels import (
+            best_continuations,
+            commit_kv,
+            draft_trees,
+            sampling_noise,
+            tree_attention,
+            verify_walk,
+        )
 
         return Backend(
             "triton",
@@ -43,6 +53,8 @@ def backend() -> Backend:
             verify_walk.target_tokens,
             verify_walk.verify_walk,
             sampling_noise.sampling_noise,
+            best_continuations.best_continuations,
+            draft_trees.draft_trees,
         )
     from vllm_redrafter.kernels import reference
 
@@ -53,4 +65,6 @@ def backend() -> Backend:
         reference.target_tokens,
         reference.verify_walk,
         reference.sampling_noise,
+        reference.best_continuations,
+        reference.draft_trees,
     )

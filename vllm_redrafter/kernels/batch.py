@@ -44,6 +44,20 @@ class TreeBatch(NamedTuple):
             )
 
 
+class PaddedTrees(NamedTuple):
+    """One tree of N nodes per request, in a shape that depends on nothing: what a CUDA graph can hold.
+
+    Node 0 is the root, nodes stand before their children and padding stands last, so any prefix is a tree. Padding is
+    the root's token again, which is a valid id, with no parent, so that no walk reaches it, and with no ancestors, so
+    that its row attends to nothing.
+    """
+
+    token_ids: torch.Tensor  # [batch, 1 + N] int64: the root's token first
+    parents: torch.Tensor  # [batch, 1 + N] int64: -1 at the root and in padding
+    depths: torch.Tensor  # [batch, 1 + N] int64: 0 at the root and in padding
+    ancestors: torch.Tensor  # [batch, 1 + N] int64: bit j of word i is set where node i sees node j; 0 in padding
+
+
 class AttentionOptions(NamedTuple):
     """What a layer's attention is like."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
+from vllm_redrafter.core import token_tree
 from vllm_redrafter.core.acceptance import Walk
-from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
+from vllm_redrafter.core.beam_search import Candidates, Continuations
+from vllm_redrafter.kernels.batch import AttentionOptions, PaddedTrees, TreeBatch
 from vllm_redrafter.kernels.caches import LayerCaches
 
 
@@ -96,6 +99,48 @@ def sampling_noise(
     # not 0 times the noise: that is NaN where it is infinite
     noise = _gumbel(seeds, positions, token_ids).masked_fill(temperatures[:, None] == 0, 0)
     return temperatures[:, None] * noise
+
+
+def best_continuations(
+    logits: torch.Tensor,  # [batch, beams, head_size]
+    scores: torch.Tensor,  # [batch, beams]: cumulative log-probabilities
+    num_kept: int,
+    noise: torch.Tensor | None = None,  # [batch, head_size]: added to the logits of all beams
+    scale: float = 1.0,
+) -> Continuations:
+    """Return the best `num_kept` continuations, or all where there are fewer; the first of equals comes first."""
+    values = logits.float() if noise is None else logits.float() + noise[:, None]
+    totals = ((scale * values).log_softmax(dim=-1) + scores[..., None]).flatten(1)
+    best = totals.sort(dim=-1, descending=True, stable=True)
+    places = best.indices[:, :num_kept]
+    head_size = logits.shape[-1]
+    return Continuations(places // head_size, places % head_size, best.values[:, :num_kept])
+
+
+def draft_trees(
+    init_ids: torch.Tensor,  # [batch]: the roots' tokens
+    candidates: Candidates,
+    is_linear: torch.Tensor,  # [batch]: requests that get the best path alone
+    num_nodes: int,
+) -> PaddedTrees:
+    """Return the trees of the `num_nodes` most probable candidates."""
+    tree = token_tree.best_nodes(init_ids, candidates, num_nodes)
+    # the first path of a depth-first layout is the best one
+    follows = tree.parents == torch.arange(-1, tree.parents.shape[1] - 1, device=init_ids.device)
+    on_first_path = follows.cumprod(dim=1).bool()
+    is_padding = is_linear[:, None] & ~on_first_path | (tree.token_ids < 0)
+    is_padding = functional.pad(is_padding, (0, 1 + num_nodes - is_padding.shape[1]), value=True)
+
+    def padded(values: torch.Tensor, padding: int) -> torch.Tensor:
+        wide = functional.pad(values, (0, 1 + num_nodes - values.shape[1]))
+        return wide.masked_fill(is_padding, padding)
+
+    return PaddedTrees(
+        torch.where(is_padding, init_ids[:, None], padded(tree.token_ids, 0)),
+        padded(tree.parents, -1),
+        padded(tree.depths, 0),
+        padded(tree.ancestors, 0),
+    )
 
 
 def verify_walk(

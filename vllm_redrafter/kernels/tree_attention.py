@@ -27,7 +27,7 @@ from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
 from vllm_redrafter.kernels.gpu import Gpu, gpu_of
 from vllm_redrafter.kernels.launch import Launch
 
-HEAD_SIZES = (64, 80, 96, 128, 192, 256)
+HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 
 _MIN_SPLIT = 256
 """Keys for which a program of its own pays."""

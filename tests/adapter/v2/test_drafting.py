@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees, draft
+from vllm_redrafter.adapter.v2.drafting import draft
 from vllm_redrafter.core import beam_search, token_tree
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 HIDDEN, VOCAB, BATCH = 16, 24, 5
 
@@ -29,7 +30,7 @@ EMBED = nn.Embedding.from_pretrained(torch.randn(VOCAB, HIDDEN, generator=torch.
 @torch.inference_mode()
 def drafted(
     drafter: ReDrafter, shape: BeamShape, num_nodes: int, linear: tuple[int, ...] = ()
-) -> tuple[torch.Tensor, DraftTrees]:
+) -> tuple[torch.Tensor, PaddedTrees]:
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(BATCH, HIDDEN, generator=generator)
     init_ids = torch.randint(VOCAB, (BATCH,), generator=generator)
@@ -40,7 +41,7 @@ def drafted(
         drafter, EMBED, hidden, init_ids, shape, num_candidates, sharpness=beam_search.SHARPNESS
     )
     expected = token_tree.best_nodes(init_ids, candidates, num_nodes)
-    found = DraftTrees(*(column[:, : expected.parents.shape[1]] for column in trees))
+    found = PaddedTrees(*(column[:, : expected.parents.shape[1]] for column in trees))
     for row in range(BATCH):
         if row not in linear:
             size = 1 + int(expected.num_nodes[row])
@@ -49,7 +50,7 @@ def drafted(
     return init_ids, trees
 
 
-def assert_is_padding(trees: DraftTrees, row: int, first: int, init_id: int) -> None:
+def assert_is_padding(trees: PaddedTrees, row: int, first: int, init_id: int) -> None:
     assert (trees.token_ids[row, first:] == init_id).all()
     assert (trees.parents[row, first:] == -1).all()
     assert (trees.depths[row, first:] == 0).all()

@@ -9,10 +9,10 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
 from vllm_redrafter.adapter.v2.model_state import TreeModelState
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.kernels.batch import PaddedTrees
 from vllm_redrafter.kernels.caches import layer_caches
 
 MAX_REQUESTS, MAX_TOKENS, NUM_NODES, BLOCK_SIZE = 4, 32, 2, 4
@@ -31,7 +31,7 @@ def state(monkeypatch: pytest.MonkeyPatch) -> TreeModelState:
     made.positions = torch.zeros(MAX_TOKENS, dtype=torch.int64)
     made.ancestors = torch.zeros_like(made.trees.ancestors)
     made.caches = []
-    fork_and_chain = DraftTrees(
+    fork_and_chain = PaddedTrees(
         torch.empty(2, 3),
         torch.tensor([[-1, 0, 0], [-1, 0, 1]]),
         torch.tensor([[0, 1, 1], [0, 1, 2]]),

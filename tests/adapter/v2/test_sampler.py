@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vllm_redrafter.adapter.v2 import sampler as sampler_module
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
 from vllm_redrafter.adapter.v2.sampler import TreeSampler
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 VOCAB = 10
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def tree_sampler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
     monkeypatch.setattr(sampler_module, "get_num_sampled_and_rejected", count)
     monkeypatch.setattr(sampler_module, "compute_topk_scores", lambda *args, **kwargs: (args, kwargs))
     trees = TreeBuffers(4, 2, CPU)
-    fork_and_chain = DraftTrees(
+    fork_and_chain = PaddedTrees(
         torch.empty(2, 3),
         torch.tensor([[-1, 0, 0], [-1, 0, 1]]),
         torch.tensor([[0, 1, 1], [0, 1, 2]]),

@@ -11,7 +11,7 @@ import torch
 from tests.adapter.v2.ranks import Ranks
 from tests.core.test_beam_search import HIDDEN, Setting, make_setting
 from vllm_redrafter.adapter.v2.shared_head import best_of_all_ranks, rows_of_rank
-from vllm_redrafter.core.beam_search import BeamShape, Candidates, Foresight, search
+from vllm_redrafter.core.beam_search import BeamShape, Candidates, Continuations, Noise, search
 from vllm_redrafter.core.config import ReDrafterConfig
 
 VOCAB, SHAPE, NUM_KEPT = 50, BeamShape(4, 4), 9
@@ -31,14 +31,11 @@ def setting_of(kind: str, seed: int) -> Setting:
     return setting
 
 
-def foresight_for(token_ids: torch.Tensor, has_noise: bool) -> Foresight | None:
+def noise_for(token_ids: torch.Tensor, has_noise: bool) -> Noise | None:
     """Return noise that depends on request, depth and token."""
     noise = torch.randn(3, SHAPE.length, VOCAB, generator=torch.Generator().manual_seed(7))
 
-    def foresee(depth: int, logits: torch.Tensor) -> torch.Tensor:
-        return logits + noise[:, depth, None, token_ids]
-
-    return foresee if has_noise else None
+    return (lambda depth: noise[:, depth, token_ids]) if has_noise else None
 
 
 @pytest.fixture
@@ -63,17 +60,17 @@ def test_ranks_that_share_a_head_all_find_what_the_whole_head_finds(
     ranks = ranks_of(num_ranks)
     drafter, *given = setting_of(kind, seed)
     drafted_ids = drafter.drafted_ids(torch.device("cpu"))
-    foresight = foresight_for(drafted_ids, has_noise)
-    whole = search(drafter, *given, SHAPE, NUM_KEPT, sharpness=1.25, foresight=foresight)
+    noise = noise_for(drafted_ids, has_noise)
+    whole = search(drafter, *given, SHAPE, NUM_KEPT, sharpness=1.25, noise=noise)
 
     def search_as(rank: int) -> Candidates:
         rows = rows_of_rank(drafter.config, NUM_KEPT, rank, num_ranks)
         assert rows is not None
         part = copy.deepcopy(drafter)
         part.keep_head_rows(rows)
-        foresight = foresight_for(drafted_ids[rows.start : rows.stop], has_noise)
+        noise = noise_for(drafted_ids[rows.start : rows.stop], has_noise)
         choose = partial(best_of_all_ranks, first_row=rows.start)
-        return search(part, *given, SHAPE, NUM_KEPT, sharpness=1.25, foresight=foresight, choose=choose)
+        return search(part, *given, SHAPE, NUM_KEPT, sharpness=1.25, noise=noise, choose=choose)
 
     found = ranks.run(search_as)
 
@@ -99,9 +96,11 @@ def test_ties_go_to_the_first_beam_and_there_to_the_lowest_draft_id(
     totals = (logits.log_softmax(dim=-1) + scores[..., None]).flatten(1)
     expected = totals.sort(dim=-1, descending=True, stable=True).indices[:, :num_kept]
 
-    found = ranks_of(num_ranks).run(
-        lambda rank: best_of_all_ranks(logits[..., rank * 12 : (rank + 1) * 12], scores, num_kept, rank * 12)
-    )
+    def choose_as(rank: int) -> Continuations:
+        first = rank * 12
+        return best_of_all_ranks(logits[..., first : first + 12], scores, num_kept, None, 1.0, first_row=first)
+
+    found = ranks_of(num_ranks).run(choose_as)
 
     for continuations in found:
         assert continuations.log_probs.unique().numel() < num_kept / 2
@@ -115,7 +114,8 @@ def test_choosing_asks_no_tensor_for_its_values(monkeypatch: pytest.MonkeyPatch)
     )
 
     # there are none on this device, which refuses what would wait for a GPU
-    found = best_of_all_ranks(torch.empty(2, 4, 30, device="meta"), torch.empty(2, 4, device="meta"), NUM_KEPT, 30)
+    logits, scores = torch.empty(2, 4, 30, device="meta"), torch.empty(2, 4, device="meta")
+    found = best_of_all_ranks(logits, scores, NUM_KEPT, None, 1.0, first_row=30)
 
     assert [column.shape for column in found] == [(2, NUM_KEPT)] * 3
     assert [column.dtype for column in found] == [torch.int64, torch.int64, torch.float32]

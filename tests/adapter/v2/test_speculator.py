@@ -11,8 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 
 from tests.adapter.v2.ranks import Ranks
 from vllm_redrafter.adapter.config import ReDrafterOptions
-from vllm_redrafter.adapter.v2 import draft_trees
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
+from vllm_redrafter.adapter.v2 import drafting
 from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
@@ -20,6 +19,7 @@ from vllm_redrafter.core.beam_search import best_continuations
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 from vllm_redrafter.kernels import reference
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 HIDDEN, VOCAB, MAX_REQUESTS, NUM_NODES = 16, 24, 4, 6
 SEEDS = torch.tensor([7, 1 << 40, -5, 123456789])
@@ -72,7 +72,7 @@ def speculator_with(graphs: Graphs) -> TreeSpeculator:
     speculator._positions = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
     speculator._temperatures = torch.zeros(MAX_REQUESTS)
     speculator._seeds = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
-    speculator._drafted = DraftTrees(*(torch.zeros_like(speculator.trees.parents) for _ in DraftTrees._fields))
+    speculator._drafted = PaddedTrees(*(torch.zeros_like(speculator.trees.parents) for _ in PaddedTrees._fields))
     return speculator
 
 
@@ -190,9 +190,9 @@ def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() ->
     speculator = speculator_with(Graphs())
     read: list[torch.Tensor] = []
 
-    def watched(drafter: Any, embed: Any, hidden: torch.Tensor, init_ids: torch.Tensor, *how: Any) -> DraftTrees:
+    def watched(drafter: Any, embed: Any, hidden: torch.Tensor, init_ids: torch.Tensor, *how: Any) -> PaddedTrees:
         read[:] = hidden.clone(), init_ids.clone()
-        return draft_trees.draft(drafter, embed, hidden, init_ids, *how)
+        return drafting.draft(drafter, embed, hidden, init_ids, *how)
 
     # request 2 accepted the node in its second row, so its root stands one further
     slots, nodes, num_sampled = [1, 2, 3, 0], torch.tensor([[0, -1], [0, 1], [0, -1], [0, -1]]), [1, 2, 1, 1]
@@ -203,14 +203,12 @@ def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() ->
 
     roots, temperatures = torch.tensor([101, 104, 105, 107]), torch.tensor([1.0, 0.5, 0.0, 0.0])
 
-    def foresight(depth: int, logits: torch.Tensor) -> torch.Tensor:
-        return (
-            logits + reference.sampling_noise(roots + depth, temperatures, SEEDS[slots], torch.arange(VOCAB))[:, None]
-        )
+    def noise(depth: int) -> torch.Tensor:
+        return reference.sampling_noise(roots + depth, temperatures, SEEDS[slots], torch.arange(VOCAB))
 
     is_linear = torch.tensor([True, False, False, False])
     shape = speculator.options.shape
-    expected = draft_trees.draft(speculator.model, speculator.embed, *read, is_linear, shape, NUM_NODES, foresight)
+    expected = drafting.draft(speculator.model, speculator.embed, *read, is_linear, shape, NUM_NODES, noise)
     assert torch.equal(drafts, expected.token_ids[:, 1:])
     same = [torch.equal(*rows) for rows in zip(drafts, blind, strict=True)]
     assert same == [False, False, True, True], "the last two are not foreseen, and greedy"

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import torch
 
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 CPU = torch.device("cpu")
 
 
-def two_trees() -> DraftTrees:
+def two_trees() -> PaddedTrees:
     """Return a fork and a chain of two nodes each."""
-    return DraftTrees(
+    return PaddedTrees(
         torch.tensor([[5, 6, 7], [5, 6, 7]]),
         torch.tensor([[-1, 0, 0], [-1, 0, 1]]),
         torch.tensor([[0, 1, 1], [0, 1, 2]]),

@@ -34,9 +34,12 @@ def rows_of_rank(config: ReDrafterConfig, num_kept: int, rank: int, num_ranks: i
 
 
 def best_of_all_ranks(
-    logits: torch.Tensor,  # [batch, beams, rows] fp32: of this rank's rows of the head
+    logits: torch.Tensor,  # [batch, beams, rows]: of this rank's rows of the head
     scores: torch.Tensor,  # [batch, beams]: cumulative log-probabilities
     num_kept: int,
+    noise: torch.Tensor | None,  # [batch, rows] fp32
+    scale: float,
+    *,
     first_row: int,
 ) -> Continuations:
     """Return the best `num_kept` continuations, on every rank what `best_continuations` makes of the whole head.
@@ -44,6 +47,7 @@ def best_of_all_ranks(
     Where continuations are equally good, the first beam's is the better one, then the lowest draft id. Among equals
     within one rank `topk` decides which are sent, as it decides within the whole head.
     """
+    logits = scale * (logits.float() if noise is None else logits.float() + noise[:, None])
     rows = logits.topk(num_kept, dim=-1, sorted=False).indices.sort(dim=-1).values
     share = logits.logsumexp(dim=-1, keepdim=True)
     # a float holds every draft id: vocabularies are far smaller than 2^24

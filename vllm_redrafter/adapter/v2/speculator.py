@@ -22,13 +22,14 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees, draft
+from vllm_redrafter.adapter.v2.drafting import draft
 from vllm_redrafter.adapter.v2.model_state import TreeModelState
 from vllm_redrafter.adapter.v2.shared_head import best_of_all_ranks, rows_of_rank
 from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
-from vllm_redrafter.core.beam_search import Choose, best_continuations
+from vllm_redrafter.core.beam_search import Choose
 from vllm_redrafter.core.drafter import Embed, ReDrafter
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -61,7 +62,7 @@ class TreeSpeculator(DraftModelSpeculator):
         self._positions = torch.zeros_like(self._init_ids)
         self._temperatures = torch.zeros(self.max_num_reqs, dtype=torch.float32, device=device)
         self._seeds = torch.zeros_like(self._init_ids)
-        self._drafted = DraftTrees(*(torch.zeros_like(self.trees.parents) for _ in DraftTrees._fields))
+        self._drafted = PaddedTrees(*(torch.zeros_like(self.trees.parents) for _ in PaddedTrees._fields))
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         """Return the drafter, and name the model state that verifies its trees to vLLM."""
@@ -81,7 +82,7 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _share_head(self, drafter: ReDrafter) -> None:
         """Leave this rank its rows of the drafter's head, where ranks can share it."""
-        self.drafted_ids, self.choose = drafter.drafted_ids(self.device), best_continuations
+        self.drafted_ids, self.choose = drafter.drafted_ids(self.device), kernels.backend().best_continuations
         num_kept = max(self.options.beam_width, self.options.num_speculative_tokens)
         rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         rows = rows_of_rank(drafter.config, num_kept, rank, num_ranks)
@@ -143,13 +144,8 @@ class TreeSpeculator(DraftModelSpeculator):
         if self.drafts_chains_only:
             self._as_chain.fill_(1)
 
-        assert self.cudagraph_manager is not None
-        graph = self.cudagraph_manager.dispatch(num_requests, num_requests, 1, 0)
-        if graph.cg_mode == CUDAGraphMode.FULL:
-            self.cudagraph_manager.run_fullgraph(graph)
-        else:
-            self._draft(num_requests)
-        drafted = DraftTrees(*(column[:num_requests] for column in self._drafted))
+        self._run_draft(num_requests)
+        drafted = PaddedTrees(*(column[:num_requests] for column in self._drafted))
         if not dummy_run:
             self.trees.store(slots, drafted, num_sampled > 0)
         return drafted.token_ids[:, 1:]
@@ -168,13 +164,22 @@ class TreeSpeculator(DraftModelSpeculator):
         torch.index_select(seeds, 0, slots, out=self._seeds[:num_requests])
         torch.mul(temperature[slots], self.is_foreseen.gpu[slots], out=self._temperatures[:num_requests])
 
-    def _foresee(self, depth: int, logits: torch.Tensor) -> torch.Tensor:
-        """Return the drafter's logits, [num_requests, beams, rows], with the noise of the draws at a depth."""
-        requests = slice(len(logits))
-        noise = kernels.backend().sampling_noise(
+    def _noise(self, num_requests: int, depth: int) -> torch.Tensor:
+        """Return the noise of the draws at a depth, [num_requests, rows]."""
+        requests = slice(num_requests)
+        return kernels.backend().sampling_noise(
             self._positions[requests] + depth, self._temperatures[requests], self._seeds[requests], self.drafted_ids
         )
-        return logits + noise[:, None]
+
+    def _run_draft(self, num_requests: int) -> None:
+        """Replay the graph of a batch of this size, or draft without where there is none."""
+        # vLLM profiles the runner before it has a KV cache and graphs
+        if self.cudagraph_manager is not None:
+            graph = self.cudagraph_manager.dispatch(num_requests, num_requests, 1, 0)
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                self.cudagraph_manager.run_fullgraph(graph)
+                return
+        self._draft(num_requests)
 
     def _draft(self, num_requests: int) -> None:
         """Fill the first rows of `_drafted`."""
@@ -186,7 +191,7 @@ class TreeSpeculator(DraftModelSpeculator):
             self._as_chain[:num_requests].bool(),
             self.options.shape,
             self.options.num_speculative_tokens,
-            self._foresee,
+            partial(self._noise, num_requests),
             self.choose,
         )
         for column, values in zip(self._drafted, trees, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_redrafter.adapter.v2.draft_trees import DraftTrees
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 
 class TreeBuffers:
@@ -31,7 +31,7 @@ class TreeBuffers:
     def store(
         self,
         slots: torch.Tensor,  # [batch]
-        trees: DraftTrees,
+        trees: PaddedTrees,
         is_drafted: torch.Tensor,  # [batch] bool: requests that are in the middle of their prompt have no draft
     ) -> None:
         """Write the trees of a batch to its slots."""
