@@ -292,6 +292,22 @@ def test_drafting_pauses_when_it_does_not_pay_and_pauses_double_up_to_a_limit(mo
     assert lengths == [min(2**index, longest) + 1 for index in range(12)]
 
 
+@pytest.mark.parametrize(("promise", "goes_on"), [(1.01, False), (1.02, False), (1.04, True), (1.2, True)])
+def test_a_promise_smaller_than_what_may_be_mistaken_is_no_reason_to_draft(promise: float, goes_on: bool) -> None:
+    budget = Budget(FREE, 1)
+    log_prob = -0.75
+    draft_seconds = (1 + math.exp(log_prob)) / promise - 1
+    for _ in range(20):
+        budget.observe_step(StepRecord(1, 1, 1.0, draft_seconds, 1.0 + draft_seconds))
+        budget.observe_step(plain_step(1.0))
+    budget.load(1).on_trial = True  # the next choice decides alone
+
+    budget.choose(np.array([[log_prob]]), [True])
+
+    assert budget.load(1).gain == pytest.approx(promise)
+    assert budget.should_draft(1) is goes_on
+
+
 def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
     budget = losing_budget()
     hopeless, certain = np.log(np.array([[0.3, 0.1]])), np.log(np.array([[0.999, 0.999, 0.999, 0.999]]))

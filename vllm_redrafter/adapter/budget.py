@@ -8,7 +8,7 @@ batch's nodes sorted by p, verifying the best k of them yields
 tokens per second. The k where that is highest is the budget of the whole batch, and how it is shared among the
 requests follows from the sorting. The p come from the drafter's own log-probabilities, corrected by what was accepted
 so far (`Calibration`); the times come from forward passes measured at start, corrected by the steps served so far
-(`Load`). When even the best k does not beat plain decoding, drafting itself stops, and is tried again now and then.
+(`Load`). When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _ENOUGH_PASSES = 3  # passes with so many nodes after which they stand for thems
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256
 _GAIN_WEIGHT = 0.1  # of a new promise in the moving average
+_LEAST_GAIN = 1.03  # drafts that promise less are left: times and acceptance are known no better than that
 _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
 _LONGEST_PAUSE = 128  # steps without drafting before it is tried again
 
@@ -102,7 +103,7 @@ class Load:
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
         """Scheduling, sampling and messages: what is neither forward pass nor drafting."""
-        self.gain = 1.0
+        self.gain = _LEAST_GAIN
         """Tokens per second with drafts over those without, as a moving average of what choices promised."""
         self.marginal_probability = 0.0
         """A node less likely than this did not pay at the last choice."""
@@ -150,10 +151,10 @@ class Budget:
         if load.pause > 0:
             load.pause -= 1
             return False
-        if load.gain < 1.0:
+        if load.gain < _LEAST_GAIN:
             load.pause = load.next_pause
             load.next_pause = min(2 * load.next_pause, _LONGEST_PAUSE)
-            load.gain, load.on_trial = 1.0, True
+            load.gain, load.on_trial = _LEAST_GAIN, True
             return False
         load.num_drafted += 1
         if load.num_drafted % _PLAIN_STEP_INTERVAL == _FIRST_PLAIN_STEP:
@@ -205,7 +206,7 @@ class Budget:
         promise = load.speed / plain_speed
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
         load.on_trial = False
-        if load.gain >= 1.0:
+        if load.gain >= _LEAST_GAIN:
             load.next_pause = 1
         steps = np.diff(seconds[max(count - 1, 0) : count + 2])
         # where times jump behind the last node, the ones before it have paid all the same

@@ -46,6 +46,7 @@ class Searcher:
         num_candidates = options.num_speculative_tokens if options.beam_width > 1 else 1
         self._search = BeamSearch(drafter, embed, options.shape, num_candidates, SHARPNESS)
         self._programs: dict[bool, _Program] = {}  # by whether there is more than one request
+        self._no_noise = torch.zeros(0)  # [most requests of a program, depths, head_size]
 
     @torch.inference_mode()
     def search(
@@ -63,18 +64,18 @@ class Searcher:
         num_requests = len(init_ids)
         program = self._programs.get(num_requests > 1)
         if program is not None and num_requests <= _MOST_TOGETHER:
-            noise = self._no_noise(num_requests) if foresight is None else foresight.noise_alone(num_requests)
+            noise = self._no_noise[:num_requests] if foresight is None else foresight.noise_alone(num_requests)
             if noise is not None:
                 return program(hidden, init_ids, noise, floor)
         return self._search.run(hidden, init_ids, floor, foresight)
-
-    def _no_noise(self, num_requests: int) -> torch.Tensor:
-        return torch.zeros(num_requests, self._length, self.drafter.config.head_size)
 
     def compile(self, num_requests: int) -> None:
         """Search with a program of torch.compile for one request, or for several, if that is faster."""
         several = num_requests > 1
         eager_seconds = self.seconds(num_requests)
+        most = max(len(self._no_noise), _MOST_TOGETHER if several else 1)
+        with torch.inference_mode():  # what is searched with while serving must be no other kind of tensor
+            self._no_noise = torch.zeros(most, self._length, self.drafter.config.head_size)
         self._programs[several] = _Program(self._search, self._length, is_dynamic=several)
         if self.seconds(num_requests) >= eager_seconds:
             del self._programs[several]
