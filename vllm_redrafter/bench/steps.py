@@ -7,6 +7,7 @@ the steps between. So neither the prompts nor what an engine does once per reque
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -73,7 +74,7 @@ def measure(
     start: Start,
     report: Callable[[str], None],
 ) -> Iterator[list[StepCost]]:
-    """Yield the costs of one batch size after another, every engine alone on the machine.
+    """Yield the costs of one configuration after another, the target alone first, every engine alone on the machine.
 
     Args:
         configs: by name; plain vLLM is among them.
@@ -86,17 +87,18 @@ def measure(
     check_has_plain(configs)
     if not token_ids:
         raise ValueError("there is no text to cut prompts from: pass some")
-    for batch_size in plan.batch_sizes:
+    plain_ms: dict[tuple[int, int], float] = {}
+    for name in sorted(configs, key=lambda name: name != PLAIN):
         found = []
-        for name, config in configs.items():
-            report(f"batch size {batch_size}: starting {name}")
-            with start(config, batch_size) as engine:
-                for context in plan.contexts:
-                    report(f"batch size {batch_size}, {name}, context {context}")
-                    prompts = [_cut(token_ids, context, index * context // batch_size) for index in range(batch_size)]
-                    found.append(_cost(name, prompts, plan, engine))
-        plain_ms = {cost.context: cost.step_ms for cost in found if cost.config == PLAIN}
-        yield [cost._replace(ratio=cost.step_ms / plain_ms[cost.context]) for cost in found]
+        report(f"starting {name}")
+        with start(configs[name], max(plan.batch_sizes)) as engine:
+            for batch_size, context in itertools.product(plan.batch_sizes, plan.contexts):
+                report(f"{name}, batch size {batch_size}, context {context}")
+                prompts = [_cut(token_ids, context, index * context // batch_size) for index in range(batch_size)]
+                cost = _cost(name, prompts, plan, engine)
+                plain = plain_ms.setdefault((batch_size, context), cost.step_ms)
+                found.append(cost._replace(ratio=cost.step_ms / plain))
+        yield found
 
 
 def sizes_that_pay(costs: Sequence[StepCost], configs: Mapping[str, SpeculativeConfig]) -> list[tuple[int, int, int]]:

@@ -89,10 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Progress()
     costs: list[StepCost] = []
     try:
-        for of_batch_size in steps.measure(configs, token_ids, plan, _starter(arguments), progress.say):
+        for of_one in steps.measure(configs, token_ids, plan, _starter(arguments), progress.say):
             progress.clear()
-            print(render(of_batch_size), end="\n\n", flush=True)
-            costs += of_batch_size
+            print(render(of_one), end="\n\n", flush=True)
+            costs += of_one
     except ValueError as error:
         raise CommandError(str(error)) from None
     schedule = steps.sizes_that_pay(costs, configs)
