@@ -60,7 +60,10 @@ def draft_without_foresight() -> Iterator[None]:
     """Do not tell drafts what sampling will add."""
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 
-    with replaced(TreeSpeculator, "_foresee", lambda original: lambda self, depth, logits: logits):
+    def silent(self: Any, num_requests: int, depth: int) -> torch.Tensor:
+        return torch.zeros(num_requests, len(self.drafted_ids))
+
+    with replaced(TreeSpeculator, "_noise", lambda original: silent):
         yield
 
 

@@ -59,7 +59,9 @@ def start_as_on_a_gpu() -> None:
 
     def compile_or_warm_up_model(self: CPUWorker) -> Any:
         times = warm_up(self)
-        warmup_kernels(self.model_runner, self.execute_model, self.sample_tokens)
+        # it asks for log-probabilities of prompts, which vLLM's CPU kernels do not give where there are adapters
+        if self.vllm_config.lora_config is None:
+            warmup_kernels(self.model_runner, self.execute_model, self.sample_tokens)
         return times
 
     CPUWorker.determine_available_memory = determine_available_memory
