@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from vllm_redrafter.bench.measurement import Measurement
 from vllm_redrafter.cli import bench_kernels
 from vllm_redrafter.cli.main import main
 
@@ -47,7 +48,7 @@ def test_without_a_gpu_the_kernels_are_interpreted_and_agree() -> None:
 
 
 def test_a_kernel_that_is_wrong_or_wrote_nothing_is_said_to_be() -> None:
-    right, wrong, unwritten = (kernels.Measurement("k", "c", error, 1e-3) for error in (1e-4, 1e-2, float("nan")))
+    right, wrong, unwritten = (Measurement("k", "c", error, 1e-3) for error in (1e-4, 1e-2, float("nan")))
 
     assert [one.agrees for one in (right, wrong, unwritten)] == [True, False, False]
     assert [line.split()[-1] for line in bench_kernels.render([right, wrong, unwritten]).splitlines()[1:]] == [
@@ -58,8 +59,8 @@ def test_a_kernel_that_is_wrong_or_wrote_nothing_is_said_to_be() -> None:
 
 
 def test_times_are_held_against_floor_and_stock() -> None:
-    timed = kernels.Measurement("tree_attention", "batch 1", 1e-4, 1e-3, ms=0.5, floor_ms=0.4, stock_ms=0.25)
-    without_floor = kernels.Measurement("verify_walk", "batch 1", 0, 0, ms=0.01)
+    timed = Measurement("tree_attention", "batch 1", 1e-4, 1e-3, ms=0.5, floor_ms=0.4, stock_ms=0.25)
+    without_floor = Measurement("verify_walk", "batch 1", 0, 0, ms=0.01)
 
     lines = bench_kernels.render_times([timed, without_floor]).splitlines()
 

@@ -8,7 +8,8 @@ import torch
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2 import drafting
-from vllm_redrafter.core.beam_search import BeamShape
+from vllm_redrafter.core import beam_search
+from vllm_redrafter.core.beam_search import BeamShape, Candidates
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
@@ -19,7 +20,7 @@ def random_drafter(
     vocab_size: int,
     draft_vocab_size: int,
     device: str,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> ReDrafter:
     """Return a drafter as it is served, its draft vocabulary the first tokens."""
     config = ReDrafterConfig(hidden_size, vocab_size, exit_dim, draft_vocab_size=draft_vocab_size)
@@ -27,6 +28,14 @@ def random_drafter(
         drafter = ReDrafter(config).to(dtype).requires_grad_(False)
         drafter.set_draft_vocabulary(torch.arange(draft_vocab_size))
     return drafter
+
+
+def random_candidates(num_requests: int, shape: BeamShape, num_kept: int, device: str) -> Candidates:
+    """Return what searches of a small drafter find."""
+    drafter = random_drafter(32, 32, 1000, 500, device)
+    with torch.device(device):
+        table, hidden = torch.randn(1000, 32), torch.randn(num_requests, 32)
+        return beam_search.search(drafter, lambda ids: table[ids], hidden, torch.arange(num_requests), shape, num_kept)
 
 
 def draft_call(drafter: ReDrafter, num_requests: int, shape: BeamShape, num_nodes: int) -> Callable[[], object]:
@@ -40,17 +49,10 @@ def draft_call(drafter: ReDrafter, num_requests: int, shape: BeamShape, num_node
         is_linear = torch.zeros(num_requests, dtype=torch.bool)
     drafted_ids = drafter.drafted_ids(weight.device)
 
+    def embed(token_ids: torch.Tensor) -> torch.Tensor:
+        return table[token_ids]
+
     def noise(depth: int) -> torch.Tensor:
         return kernels.backend().sampling_noise(init_ids + depth, temperatures, seeds, drafted_ids)
 
-    return lambda: drafting.draft(
-        drafter,
-        lambda ids: table[ids],
-        hidden,
-        init_ids,
-        is_linear,
-        shape,
-        num_nodes,
-        noise,
-        kernels.backend().best_continuations,
-    )
+    return lambda: drafting.draft(drafter, embed, hidden, init_ids, is_linear, shape, num_nodes, noise)

@@ -8,55 +8,20 @@ Needs no vLLM: what the core needs, and Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from vllm_redrafter.bench import drafts, graph_time, stock
+from vllm_redrafter.bench import draft_kernels, graph_time, stock
+from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
-from vllm_redrafter.core import beam_search
-from vllm_redrafter.core.beam_search import BeamShape, Candidates
-from vllm_redrafter.kernels import (
-    best_continuations,
-    commit_kv,
-    draft_trees,
-    reference,
-    sampling_noise,
-    tree_attention,
-    verify_walk,
-)
+from vllm_redrafter.kernels import commit_kv, reference, tree_attention, verify_walk
 from vllm_redrafter.kernels.batch import AttentionOptions
 from vllm_redrafter.kernels.caches import layer_caches
 
-_TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Of the largest output: what goes into the second product is rounded to 24, 11 or 8 bits."""
 _NUM_LAYERS = 32
-_VOCAB_SIZE = 128_000
-_DRAFT_VOCAB_SIZE = 32_000
-_HIDDEN_SIZE = 4096
-_NUM_CANDIDATES = 16
-_EXIT_DIMS = (1024, 4096)
-_DRAFT_SHAPE = BeamShape(width=4, length=5)
-
-
-class Measurement(NamedTuple):
-    """A kernel in one case."""
-
-    kernel: str
-    case: str
-    error: float
-    """Largest difference from the twin in fp32 over the largest output; for tokens and rows, the share that differs."""
-    tolerance: float
-    ms: float | None = None
-    floor_ms: float | None = None
-    stock_ms: float | None = None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the kernel computes what its twin does; a nan does not."""
-        return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -88,9 +53,7 @@ def check(device: str) -> Iterator[Measurement]:
     yield _commit("3 layers", *_commit_case(random_batch([14, 60], [9, 17], device=device), 3))
     yield _walk("63 nodes", 8, 63, device)
     yield _draw("5000 tokens", *_draw_case(8, 5000, device))
-    yield _noise("5000 tokens", *_noise_case(8, 5000, device))
-    yield _choice("16 of 3 x 5000 tokens", *_choice_case(2, 3, 5000, main_dtype, device))
-    yield _trees("16 of 80", *_trees_case(8, 5, 16, device))
+    yield from draft_kernels.check(device, main_dtype)
 
 
 def measure(plan: Plan) -> Iterator[Measurement]:
@@ -113,12 +76,8 @@ def measure(plan: Plan) -> Iterator[Measurement]:
         )
         yield _timed_commit(f"batch {batch_size} {_NUM_LAYERS} layers", batch, bytes_per_ms)
         yield _timed_walk(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
-        yield _timed_draw(f"batch {batch_size} {_VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
-        yield _timed_noise(f"batch {batch_size} {_DRAFT_VOCAB_SIZE} tokens", batch_size, bytes_per_ms)
-        yield _timed_choice(f"batch {batch_size} {_DRAFT_SHAPE.width} x {_DRAFT_VOCAB_SIZE}", batch_size, bytes_per_ms)
-        yield _timed_trees(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
-    for exit_dim in _EXIT_DIMS:
-        yield from _timed_drafts(exit_dim, plan, bytes_per_ms)
+        yield _timed_draw(f"batch {batch_size} {VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
+    yield from draft_kernels.measure(plan.batch_sizes, plan.num_nodes, bytes_per_ms)
 
 
 def _attention(case: str, batch: Batch, **options: Any) -> Measurement:
@@ -130,7 +89,7 @@ def _attention(case: str, batch: Batch, **options: Any) -> Measurement:
     reference.tree_attention(*batch._replace(query=batch.query.float()).inputs, layer, exact)
     num_rows = int(batch.trees.query_start_loc[-1])
     error = (ours[:num_rows] - exact[:num_rows]).abs().max() / exact[:num_rows].abs().max()
-    return Measurement("tree_attention", case, float(error), _TOLERANCES[batch.query.dtype])
+    return Measurement("tree_attention", case, float(error), TOLERANCES[batch.query.dtype])
 
 
 def _timed_attention(
@@ -155,7 +114,7 @@ def _timed_attention(
     kv_bytes = batch_size * (context_len + rows) * plan.num_kv_heads * 2 * plan.head_size * cache_dtype.itemsize
     layers = [batch._replace(cache=batch.cache.clone()) for _ in range(graph_time.num_copies(kv_bytes))]
     out = torch.empty_like(batch.query)
-    ms = graph_time.time_ms([_call(tree_attention.tree_attention, *one.inputs, layer, out) for one in layers])
+    ms = graph_time.time_ms([call(tree_attention.tree_attention, *one.inputs, layer, out) for one in layers])
     del layers
     stock_ms = graph_time.time_ms(stock.chain_attention(batch, kv_bytes))
     num_bytes = kv_bytes + 2 * batch_size * rows * batch.query[0].numel() * batch.query.element_size()
@@ -181,7 +140,7 @@ def _timed_commit(case: str, batch: Batch, bytes_per_ms: float) -> Measurement:
     batch, layers, nodes = _commit_case(batch, _NUM_LAYERS)
     measured = _commit(case, batch, layers, nodes)
     caches = layer_caches(layers)
-    ms = graph_time.time_ms([_call(commit_kv.commit_kv, caches, batch.trees, nodes)])
+    ms = graph_time.time_ms([call(commit_kv.commit_kv, caches, batch.trees, nodes)])
 
     steps = torch.arange(nodes.shape[1], device="cuda")
     context_lens = (batch.trees.seq_lens - batch.trees.query_start_loc.diff())[:, None]
@@ -217,7 +176,7 @@ def _walk(case: str, num_requests: int, num_nodes: int, device: str) -> Measurem
 
 def _timed_walk(case: str, num_requests: int, num_nodes: int) -> Measurement:
     trees = _walk_case(num_requests, num_nodes, "cuda")
-    ms = graph_time.time_ms([_call(verify_walk.verify_walk, *trees)])
+    ms = graph_time.time_ms([call(verify_walk.verify_walk, *trees)])
     return _walk(case, num_requests, num_nodes, "cuda")._replace(ms=ms)
 
 
@@ -239,122 +198,15 @@ def _draw(case: str, *rows: torch.Tensor) -> Measurement:
 
 
 def _timed_draw(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
-    rows = _draw_case(num_rows, _VOCAB_SIZE, "cuda")
+    rows = _draw_case(num_rows, VOCAB_SIZE, "cuda")
     logits = rows[0]
     num_bytes = logits.numel() * logits.element_size()
     copies = [logits.clone() for _ in range(graph_time.num_copies(num_bytes))]
     return _draw(case, *rows)._replace(
-        ms=graph_time.time_ms([_call(verify_walk.target_tokens, copy, *rows[1:]) for copy in copies]),
+        ms=graph_time.time_ms([call(verify_walk.target_tokens, copy, *rows[1:]) for copy in copies]),
         floor_ms=num_bytes / bytes_per_ms,
-        stock_ms=graph_time.time_ms([_call(torch.argmax, copy, 1) for copy in copies]),
+        stock_ms=graph_time.time_ms([call(torch.argmax, copy, 1) for copy in copies]),
     )
-
-
-def _noise_case(num_rows: int, num_tokens: int, device: str) -> tuple[torch.Tensor, ...]:
-    rows = torch.arange(num_rows, device=device)
-    return (
-        100 + rows,
-        torch.full((num_rows,), 0.7, device=device),
-        rows << 33,
-        3 * torch.arange(num_tokens, device=device),
-    )
-
-
-def _noise(case: str, *rows: torch.Tensor) -> Measurement:
-    ours, twin = sampling_noise.sampling_noise(*rows), reference.sampling_noise(*rows)
-    return Measurement(
-        "sampling_noise", case, float((ours - twin).abs().max() / twin.abs().max()), _TOLERANCES[twin.dtype]
-    )
-
-
-def _timed_noise(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
-    rows = _noise_case(num_rows, _DRAFT_VOCAB_SIZE, "cuda")
-    # a copy reads and writes; this writes alone
-    num_bytes = num_rows * _DRAFT_VOCAB_SIZE * torch.float32.itemsize
-    ms = graph_time.time_ms([_call(sampling_noise.sampling_noise, *rows)])
-    return _noise(case, *rows)._replace(ms=ms, floor_ms=num_bytes / bytes_per_ms)
-
-
-def _choice_case(
-    batch_size: int, num_beams: int, num_tokens: int, dtype: torch.dtype, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    logits = 3 * torch.randn(batch_size, num_beams, num_tokens, generator=generator, device=device)
-    noise = torch.randn(batch_size, num_tokens, generator=generator, device=device)
-    return logits.to(dtype), -torch.rand(batch_size, num_beams, generator=generator, device=device), noise
-
-
-def _choice(case: str, logits: torch.Tensor, scores: torch.Tensor, noise: torch.Tensor) -> Measurement:
-    ours = best_continuations.best_continuations(logits, scores, _NUM_CANDIDATES, noise, 1.25)
-    twin = reference.best_continuations(logits, scores, _NUM_CANDIDATES, noise, 1.25)
-    # not the tokens: two that all but tie may change places
-    error = (ours.log_probs - twin.log_probs).abs().max() / twin.log_probs.abs().max()
-    return Measurement("best_continuations", case, float(error), _TOLERANCES[torch.float32])
-
-
-def _timed_choice(case: str, batch_size: int, bytes_per_ms: float) -> Measurement:
-    logits, scores, noise = _choice_case(batch_size, _DRAFT_SHAPE.width, _DRAFT_VOCAB_SIZE, torch.bfloat16, "cuda")
-
-    def choose_by_torch() -> object:
-        return beam_search.best_continuations(logits, scores, _NUM_CANDIDATES, noise, 1.25)
-
-    num_bytes = logits.numel() * logits.element_size() + noise.numel() * noise.element_size()
-    return _choice(case, logits, scores, noise)._replace(
-        ms=graph_time.time_ms(
-            [_call(best_continuations.best_continuations, logits, scores, _NUM_CANDIDATES, noise, 1.25)]
-        ),
-        floor_ms=num_bytes / bytes_per_ms,
-        stock_ms=graph_time.time_ms([choose_by_torch]),
-    )
-
-
-def _trees_case(
-    num_requests: int, num_depths: int, num_kept: int, device: str
-) -> tuple[torch.Tensor, Candidates, torch.Tensor, int]:
-    generator = torch.Generator().manual_seed(0)
-    depths = []
-    scores, first = torch.zeros(num_requests, 1), -1
-    for depth in range(num_depths):
-        beams = torch.randint(scores.shape[1], (num_requests, num_kept), generator=generator)
-        drops = torch.rand(num_requests, num_kept, generator=generator)
-        found = (scores.gather(1, beams) - drops).sort(dim=1, descending=True)
-        tokens = torch.randint(1000, (num_requests, num_kept), generator=generator)
-        depths.append(Candidates(tokens, beams.gather(1, found.indices) + first, found.values))
-        scores, first = found.values[:, : _DRAFT_SHAPE.width], depth * num_kept
-    candidates = Candidates(*(column.to(device) for column in beam_search.join(depths)))
-    is_linear = torch.arange(num_requests, device=device) % 4 == 3
-    return torch.arange(num_requests, device=device), candidates, is_linear, num_kept
-
-
-def _trees(case: str, *search: Any) -> Measurement:
-    ours, twin = draft_trees.draft_trees(*search), reference.draft_trees(*search)
-    different = [float((a != b).float().mean()) for a, b in zip(ours, twin, strict=True)]
-    return Measurement("draft_trees", case, max(different), 0.0)
-
-
-def _timed_trees(case: str, num_requests: int, num_nodes: int) -> Measurement:
-    search = _trees_case(num_requests, _DRAFT_SHAPE.length, num_nodes, "cuda")
-    return _trees(case, *search)._replace(
-        ms=graph_time.time_ms([_call(draft_trees.draft_trees, *search)]),
-        stock_ms=graph_time.time_ms([_call(reference.draft_trees, *search)]),
-    )
-
-
-def _timed_drafts(exit_dim: int, plan: Plan, bytes_per_ms: float) -> Iterator[Measurement]:
-    """Yield what whole drafts take, from hidden states to trees; the floor reads every weight once per depth.
-
-    There is no twin to differ from: the search is the core's.
-    """
-    drafter = drafts.random_drafter(_HIDDEN_SIZE, exit_dim, _VOCAB_SIZE, _DRAFT_VOCAB_SIZE, "cuda")
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in drafter.parameters())
-    floor_ms = _DRAFT_SHAPE.length * num_bytes / bytes_per_ms
-    for batch_size in plan.batch_sizes:
-        ms = graph_time.time_ms([drafts.draft_call(drafter, batch_size, _DRAFT_SHAPE, plan.num_nodes)])
-        yield Measurement("draft", f"batch {batch_size} exit {exit_dim}", 0.0, 0.0, ms, floor_ms)
-
-
-def _call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[[], object]:
-    return lambda: function(*arguments, **options)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from vllm_redrafter.cli.errors import FAILED, CommandError
 
 if TYPE_CHECKING:
     from vllm_redrafter.bench.kernel_binaries import Compiled
-    from vllm_redrafter.bench.kernels import Measurement
+    from vllm_redrafter.bench.measurement import Measurement
 
 
 _GPUS = (80, 86, 89, 90, 100, 103, 120)
