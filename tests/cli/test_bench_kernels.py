@@ -12,7 +12,6 @@ from vllm_redrafter.bench.measurement import Measurement
 from vllm_redrafter.cli import bench_kernels
 from vllm_redrafter.cli.main import main
 
-kernels = pytest.importorskip("vllm_redrafter.bench.kernels", reason="needs Triton", exc_type=ImportError)
 kernel_binaries = pytest.importorskip("vllm_redrafter.bench.kernel_binaries", exc_type=ImportError)
 
 
