@@ -346,21 +346,66 @@ def test_loads_are_judged_apart() -> None:
     assert budget.load(8) is not budget.load(16)
 
 
-def test_a_plain_step_is_measured_soon_after_the_start_and_now_and_then_afterwards() -> None:
+def test_plain_steps_are_measured_soon_after_the_start_and_now_and_then_afterwards() -> None:
     budget = Budget(FREE, 8)
     log_probs = np.log(np.array([[0.9, 0.8]]))
     drafted = []
-    for _ in range(600):
+    for _ in range(1100):
         drafted.append(budget.should_draft(1))
         if drafted[-1]:
             budget.choose(log_probs, [True])
 
     skipped = [step for step, each in enumerate(drafted) if not each]
-    first = budget_module._FIRST_PLAIN_STEP - 1
     # two in a row: the step between them has neither drafts nor drafting
-    assert skipped[:2] == [first, first + 1]
-    assert len(skipped) == 2 * math.ceil((600 - first) / budget_module._PLAIN_STEP_INTERVAL)
     assert all(pair[1] == pair[0] + 1 for pair in zip(skipped[::2], skipped[1::2], strict=True))
+    asked_after = [step - number for number, step in enumerate(skipped[::2])]
+    assert asked_after == [7, 15, 31, 63, 127, 255, 511, 767, 1023]
+
+
+def hopeful_budget(*plain_seconds: float) -> Budget:
+    """Return a budget that has seen drafts of 1.1 seconds, of which 0.1 are drafting, and plain steps."""
+    budget = Budget(FREE, 8)
+    for _ in range(15):
+        budget.observe_step(StepRecord(1, 1, 1.0, 0.1, 1.1))
+    for seconds in plain_seconds:
+        budget.observe_step(plain_step(seconds))
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("plain_seconds", "expected"),
+    [
+        ((), 1.0),
+        # what is known of one or two is what they take at least
+        ((5.0,), 1.0),
+        ((5.0, 6.0), 1.0),
+        ((0.9,), 0.9),
+        ((0.9, 5.0), 0.9),
+        ((0.9, 5.0, 0.95), 0.95),
+        ((5.0, 6.0, 0.9), 5.0),
+    ],
+    ids=str,
+)
+def test_one_slow_plain_step_does_not_make_drafts_look_good(plain_seconds: tuple[float, ...], expected: float) -> None:
+    budget = hopeful_budget(*plain_seconds)
+    budget.load(1).on_trial = True  # the next choice decides alone
+    log_prob = -0.75
+
+    budget.choose(np.array([[log_prob]]), [True])
+
+    assert budget.load(1).gain == pytest.approx((1 + math.exp(log_prob)) / 1.1 * expected)
+
+
+def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_ones_take() -> None:
+    budget = Budget(FREE, 8)
+    for _ in range(15):
+        budget.observe_step(StepRecord(1, 1, 1.0, 0.1, 1.6))
+        budget.observe_step(StepRecord(1, 0, 1.0, None, 1.2))
+    budget.load(1).on_trial = True  # the next choice decides alone
+
+    budget.choose(np.array([[-0.75]]), [True])
+
+    assert budget.load(1).gain == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.2)
 
 
 def test_what_was_learnt_is_reported_by_load() -> None:

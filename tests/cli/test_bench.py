@@ -66,7 +66,7 @@ def test_speed_prints_a_table_and_one_line_of_json(
         "nodes_per_step": None,
         "identical": True,
     }
-    assert ("memory is short" in captured.err) == (available == 0)
+    assert ("one engine after another" in captured.err) == (available == 0)
 
 
 def test_speed_says_where_the_time_of_a_step_goes(

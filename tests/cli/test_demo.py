@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.cli.conftest import FakePair
+from vllm_redrafter.bench import memory as memory_module
 from vllm_redrafter.cli import demo, race
 from vllm_redrafter.cli.engine import Engine, EngineSpec
 from vllm_redrafter.cli.generation import Answer, Generation, Prompt
@@ -38,7 +39,7 @@ def test_it_shows_the_text_the_table_and_the_figures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(race, "_available_bytes", lambda: memory)
+    monkeypatch.setattr(memory_module, "_available_bytes", lambda: memory)
 
     status = run(fake_pair, tmp_path)
 
@@ -157,7 +158,7 @@ def test_engines_take_turns_at_every_prompt(fake_pair: FakePair, monkeypatch: py
             return super().generate(prompts, *rest, **more)
 
     monkeypatch.setattr(race, "Engine", Noting)
-    monkeypatch.setattr(race, "_available_bytes", lambda: 2**60)
+    monkeypatch.setattr(memory_module, "_available_bytes", lambda: 2**60)
     specs = race.specs(*fake_pair(), "float32")
 
     race.run(
@@ -252,7 +253,7 @@ def test_the_four_engines_ask_for_a_chain_a_tree_and_a_budget_of_its_own() -> No
             "budget": "fixed",
         },
         "tree": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "fixed"},
-        "auto": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "auto"},
+        "auto": {"method": "redrafter", "model": "d", "num_speculative_tokens": 8},
     }
 
 

@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 _WINDOW = 15  # measurements that a median is taken over
 _ENOUGH_PASSES = 3  # passes with so many nodes after which they stand for themselves
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
-_PLAIN_STEP_INTERVAL = 256
+_PLAIN_STEP_INTERVAL = 256  # the most drafted steps between two of them: intervals double up to that
 _GAIN_WEIGHT = 0.1  # of a new promise in the moving average
 _LEAST_GAIN = 1.03  # drafts that promise less are left: times and acceptance are known no better than that
 _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
@@ -102,7 +102,9 @@ class Load:
         """The same of the last passes with nodes, however many."""
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
-        """Scheduling, sampling and messages: what is neither forward pass nor drafting."""
+        """Scheduling, sampling and messages, where there are drafts: what is neither forward pass nor drafting."""
+        self.plain_ratio: deque[float] = deque(maxlen=_WINDOW)
+        """Seconds of a whole step with neither drafts nor drafting over those expected of its forward pass."""
         self.gain = _LEAST_GAIN
         """Tokens per second with drafts over those without, as a moving average of what choices promised."""
         self.marginal_probability = 0.0
@@ -110,6 +112,8 @@ class Load:
         self.speed = 0.0
         """Tokens per second that the last choice promised."""
         self.num_drafted = 0
+        self.next_plain_step = _FIRST_PLAIN_STEP
+        """Drafted steps after which the next one without drafts is due."""
         self.pause = 0
         """Steps left without drafting."""
         self.next_pause = 1
@@ -157,7 +161,8 @@ class Budget:
             load.gain, load.on_trial = _LEAST_GAIN, True
             return False
         load.num_drafted += 1
-        if load.num_drafted % _PLAIN_STEP_INTERVAL == _FIRST_PLAIN_STEP:
+        if load.num_drafted == load.next_plain_step:
+            load.next_plain_step += min(load.num_drafted, _PLAIN_STEP_INTERVAL)
             load.pause = 1  # two in a row: the step between them has neither drafts nor drafting
             return False
         return True
@@ -201,9 +206,8 @@ class Budget:
         seconds = passes * ratios + other + _median(load.draft_seconds, 0.0)
         speeds = tokens / seconds
         count = int(np.argmax(speeds))
-        plain_speed = batch_size / float(passes[0] * _median(load.ratios.get(0, ()), drafted_ratio) + other)
         load.speed = float(speeds[count])
-        promise = load.speed / plain_speed
+        promise = load.speed * self._plain_seconds(load, float(passes[0]), drafted_ratio) / batch_size
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
         load.on_trial = False
         if load.gain >= _LEAST_GAIN:
@@ -213,6 +217,15 @@ class Budget:
         last_chance = sorted_chances[count - 1] if count > 0 else math.inf
         load.marginal_probability = float(min(load.speed * steps.max(initial=0.0), last_chance))
         return np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
+
+    def _plain_seconds(self, load: Load, pass_seconds: float, drafted_ratio: float) -> float:
+        """Return what a step of plain decoding takes whose forward pass is expected to take `pass_seconds`."""
+        if len(load.plain_ratio) >= _ENOUGH_PASSES:
+            return pass_seconds * median(load.plain_ratio)
+        # the least of what little is known: one slow step must not let drafts look good, whereas one that was too fast
+        # leads to a pause, in which more of them are seen
+        unseen = pass_seconds * drafted_ratio + _median(load.other_seconds, 0.0)
+        return min(unseen, *(pass_seconds * ratio for ratio in load.plain_ratio), math.inf)
 
     def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
         """Learn from one request's verified nodes."""
@@ -226,6 +239,9 @@ class Budget:
         if step.num_nodes:
             load.drafted_ratio.append(ratio)
         load.ratios.setdefault(step.num_nodes, deque(maxlen=_WINDOW)).append(ratio)
+        if not step.num_nodes and step.draft_seconds is None:
+            load.plain_ratio.append(step.total_seconds / expected)
+            return
         if step.draft_seconds is not None:
             load.draft_seconds.append(step.draft_seconds)
         other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
@@ -242,7 +258,7 @@ class Budget:
         return {
             f"<{1 << bits}": {
                 "gain": load.gain,
-                "plain_ratio": _median(load.ratios.get(0, ()), math.nan),
+                "plain_ratio": _median(load.plain_ratio, math.nan),
                 "drafted_ratio": _median(load.drafted_ratio, math.nan),
                 "draft_ms": 1e3 * _median(load.draft_seconds, math.nan),
                 "other_ms": 1e3 * _median(load.other_seconds, math.nan),

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-_BYTES_PER_ENGINE = 2 * 2**30
-"""An engine without its weights: KV cache 1 GiB, libraries and buffers half of that, room."""
+_BYTES_PER_ENGINE = 5 * 2**29
+"""An engine without its weights: KV cache 1 GiB, libraries and buffers 1 GiB, room."""
 
 
-def engines_fit(target: str, num_engines: int) -> bool:
-    """Return whether so many engines of a target, a directory or a Hub id, are likely to fit into free memory."""
-    weights = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))
+def engines_fit(targets: Sequence[str]) -> bool:
+    """Return whether engines of these targets, directories or Hub ids, are likely to fit into free memory together."""
+    if len(targets) > 1 and has_gpu():
+        # one engine takes nearly all of a GPU's memory for its KV cache
+        return False
+    weights = sum(file.stat().st_size for target in targets for file in Path(target).glob("*.safetensors"))
     # 16-bit weights may be held in 32
-    return num_engines * (_BYTES_PER_ENGINE + 2 * weights) <= _available_bytes()
+    return len(targets) * _BYTES_PER_ENGINE + 2 * weights <= _available_bytes()
+
+
+def has_gpu() -> bool:
+    """Return whether engines run on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _available_bytes() -> int:

@@ -90,10 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--configs: {speed.PLAIN!r} is missing, which the others are compared with: add it")
 
     progress = Progress()
-    together = memory.engines_fit(arguments.target, len(configs))
+    together = memory.engines_fit([arguments.target] * len(configs))
     if not together:
         print(
-            "memory is short: one engine after another, so a slow phase of the machine may fall on one", file=sys.stderr
+            "one engine after another, since they do not fit into memory together: a slow phase may fall on one",
+            file=sys.stderr,
         )
 
     results: list[Result] = []

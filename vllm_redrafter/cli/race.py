@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from vllm_redrafter.bench import memory
 from vllm_redrafter.cli.engine import Engine, EngineSpec
 from vllm_redrafter.cli.generation import Generation, Prompt
 from vllm_redrafter.cli.options import speculative_config
@@ -19,8 +19,6 @@ MAX_MEASURING_SECONDS = 60
 """No further round begins after this: a busy or slow machine gets fewer."""
 MIN_MEASUREMENTS = 3
 """Per engine, however long they take: fewer have a median that one of them can move."""
-BYTES_PER_ENGINE = 5 * 2**29
-"""An engine without its weights: libraries 1 GiB, KV cache 1 GiB, room."""
 
 Rounds = list[list[Generation]]
 """What one engine did: in every round, one generation per prompt."""
@@ -32,7 +30,8 @@ def specs(target: str, drafter: str, dtype: str) -> dict[str, EngineSpec]:
         "baseline": None,
         "chain": speculative_config(drafter, num_speculative_tokens=4, beam_width=1, draft_length=4, budget="fixed"),
         "tree": speculative_config(drafter, num_speculative_tokens=8, budget="fixed"),
-        "auto": speculative_config(drafter, num_speculative_tokens=8, budget="auto"),
+        # what is left out is chosen by the plugin: on a GPU a fixed size
+        "auto": speculative_config(drafter, num_speculative_tokens=8),
     }
     return {name: EngineSpec(target, config, dtype, enable_chunked_prefill=False) for name, config in configs.items()}
 
@@ -48,8 +47,8 @@ def run(
 ) -> dict[str, Rounds]:
     """Return each engine's rounds; a prompt runs alone and one engine works at a time.
 
-    All engines stay up and take turns at every prompt; where memory is short they run one after another, and then one
-    may have had time for more rounds than another.
+    All engines stay up and take turns at every prompt; where memory is short, or on a GPU, they run one after another,
+    and then one may have had time for more rounds than another.
     """
     rounds: dict[str, Rounds] = {name: [] for name in specs}
     groups = _groups(specs)
@@ -83,18 +82,5 @@ def run(
 
 def _groups(specs: Mapping[str, EngineSpec]) -> list[list[str]]:
     """Return which engines are up together."""
-    needed = sum(_needed_bytes(spec.target) for spec in specs.values())
-    return [list(specs)] if needed <= _available_bytes() else [[name] for name in specs]
-
-
-def _needed_bytes(target: str) -> int:
-    weights = sum(file.stat().st_size for file in Path(target).glob("*.safetensors"))
-    # 16-bit weights may be held in 32
-    return BYTES_PER_ENGINE + 2 * weights
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    together = memory.engines_fit([spec.target for spec in specs.values()])
+    return [list(specs)] if together else [[name] for name in specs]
