@@ -462,6 +462,16 @@ def test_fused_layers_are_refused_under_v2(v2: None, fused_drafter: str) -> None
     )
 
 
+def test_more_beams_than_a_kernel_holds_are_refused_under_v2(v2: None, drafter: str) -> None:
+    assert read_options({"model": drafter, "beam_width": 64}, target_config()).beam_width == 64
+    with pytest.raises(ValueError, match="beam_width is 65, but under model runner V2 at most 64 beams are searched"):
+        read_options({"model": drafter, "beam_width": 65}, target_config())
+
+
+def test_more_beams_than_that_are_searched_under_v1(drafter: str) -> None:
+    assert read_options({"model": drafter, "beam_width": 65}, target_config()).beam_width == 65
+
+
 def test_an_automatic_budget_is_refused_under_v2(v2: None, drafter: str) -> None:
     with pytest.raises(ValueError, match='budget is "auto", but model runner V2 verifies trees of fixed sizes'):
         options_for({"model": drafter, "budget": "auto"})

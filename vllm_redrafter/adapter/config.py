@@ -16,6 +16,7 @@ from vllm_redrafter.adapter.v2 import support
 from vllm_redrafter.core import checkpoint, hub
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.config import ReDrafterConfig, check_num_nodes
+from vllm_redrafter.kernels.batch import MAX_BEAMS
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -179,6 +180,10 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     check_num_nodes(num_nodes)
     budget = _budget(request)
     width = _positive(request, "beam_width", config.beam_width)
+    if width > MAX_BEAMS and support.uses_v2():
+        raise ValueError(
+            f"beam_width is {width}, but under model runner V2 at most {MAX_BEAMS} beams are searched: ask for fewer"
+        )
     length = _draft_length(request, config)
     return ReDrafterOptions(str(directory), num_nodes, width, length, budget, config.fused_layers)
 

@@ -17,7 +17,7 @@ from vllm_redrafter.kernels import (
     tree_attention,
     verify_walk,
 )
-from vllm_redrafter.kernels.batch import AttentionOptions
+from vllm_redrafter.kernels.batch import HEAD_SIZES, AttentionOptions
 from vllm_redrafter.kernels.binary import Binary, compile_launch
 from vllm_redrafter.kernels.caches import layer_caches
 from vllm_redrafter.kernels.gpu import Gpu
@@ -48,7 +48,7 @@ def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
     for num_rows, group in ((17, 4), (5, 1), (64, 8)):
         for dtype in (torch.bfloat16, torch.float8_e4m3fn):
             yield from _attention(gpu, 128, num_rows, group, dtype)
-    for head_size in tree_attention.HEAD_SIZES:
+    for head_size in HEAD_SIZES:
         if head_size != 128:
             yield from _attention(gpu, head_size, 17, 4, torch.bfloat16)
     yield from _attention(gpu, 128, 17, 4, torch.bfloat16, sliding_window=4096)

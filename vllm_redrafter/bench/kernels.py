@@ -18,7 +18,7 @@ from vllm_redrafter.bench import draft_kernels, graph_time, stock
 from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
 from vllm_redrafter.kernels import commit_kv, reference, tree_attention, verify_walk
-from vllm_redrafter.kernels.batch import AttentionOptions
+from vllm_redrafter.kernels.batch import HEAD_SIZES, AttentionOptions
 from vllm_redrafter.kernels.caches import layer_caches
 
 _NUM_LAYERS = 32
@@ -44,7 +44,7 @@ def check(device: str) -> Iterator[Measurement]:
         yield _attention(_name(dtype), batch)
     yield _attention("window 40", batch, sliding_window=40)
     yield _attention("soft cap 5", batch, soft_cap=5.0)
-    for head_size in tree_attention.HEAD_SIZES:
+    for head_size in HEAD_SIZES:
         batch = random_batch([70, 5], [5, 9], head_size=head_size, layout="HND", dtype=main_dtype, device=device)
         yield _attention(f"head size {head_size}", batch)
     batch = random_batch([70, 5], [5, 64], dtype=main_dtype, device=device)

@@ -8,6 +8,10 @@ import torch
 
 MAX_ROWS = 64
 """Rows of a tree, the root included: as many as a word has bits."""
+HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
+"""Sizes of attention heads that the kernels are made for."""
+MAX_BEAMS = 64
+"""Beams of a search on the device."""
 
 
 class TreeBatch(NamedTuple):

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 
 from vllm_redrafter.core.beam_search import Continuations
+from vllm_redrafter.kernels.batch import MAX_BEAMS
 from vllm_redrafter.kernels.launch import Launch
 
 MAX_KEPT = 64
 """Continuations that one call can be asked for."""
-MAX_BEAMS = 64
 
 _PART = 1024
 """Tokens of a program of the first launch; twice as many, and so on, where a request would have too many parts."""

@@ -23,11 +23,9 @@ import triton
 import triton.language as tl
 
 from vllm_redrafter.kernels import join, tile
-from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
+from vllm_redrafter.kernels.batch import HEAD_SIZES, AttentionOptions, TreeBatch
 from vllm_redrafter.kernels.gpu import Gpu, gpu_of
 from vllm_redrafter.kernels.launch import Launch
-
-HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 
 _MIN_SPLIT = 256
 """Keys for which a program of its own pays."""

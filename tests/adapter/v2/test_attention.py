@@ -12,7 +12,7 @@ from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.kernels import reference
 from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch
 
-HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 8, 4
+HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 32, 4
 
 
 class StockImpl:
@@ -48,6 +48,7 @@ def layer_of(backend: str = "FLASH_ATTN", kind: type = Attention, **changes: Any
         "impl": StockImpl(),
         "kv_cache_dtype": "auto",
         "sliding_window": None,
+        "head_size": HEAD_SIZE,
         "has_sink": False,
         "_q_scale": torch.tensor(0.5),
         "_k_scale": torch.tensor(2.0),
@@ -159,6 +160,7 @@ class OtherAttention(Attention):
         ({"backend": "FLEX_ATTENTION"}, "cannot read the KV cache of the attention backend FLEX_ATTENTION: choose one"),
         ({"backend": "CPU_ATTN"}, "cannot read the KV cache of the attention backend CPU_ATTN: choose one of FLASH_AT"),
         ({"kind": OtherAttention}, "does not compute OtherAttention layers, which layer has: run without"),
+        ({"head_size": 48}, "does not compute heads of 48, which layer has: run without speculation"),
         ({"has_sink": True}, "does not compute attention sinks, which layer has"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "does not compute a KV cache of fp8_e5m2, which layer has"),
     ],

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_redrafter import kernels
 from vllm_redrafter.adapter.v2.step import Step
-from vllm_redrafter.kernels.batch import AttentionOptions
+from vllm_redrafter.kernels.batch import HEAD_SIZES, AttentionOptions
 from vllm_redrafter.kernels.caches import LayerCaches, layer_caches
 
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
@@ -149,6 +149,7 @@ def _check(name: str, layer: Any) -> None:
     found = {
         # what a subclass masks is its own secret
         f"{type(layer).__name__} layers": type(layer) is not Attention,
+        f"heads of {layer.head_size}": layer.head_size not in HEAD_SIZES,
         "attention sinks": layer.has_sink,
         "ALiBi": getattr(layer.impl, "alibi_slopes", None) is not None,
         f"a KV cache of {layer.kv_cache_dtype}": layer.kv_cache_dtype
