@@ -225,7 +225,7 @@ class Budget:
         # the least of what little is known: one slow step must not let drafts look good, whereas one that was too fast
         # leads to a pause, in which more of them are seen
         unseen = pass_seconds * drafted_ratio + _median(load.other_seconds, 0.0)
-        return min(unseen, *(pass_seconds * ratio for ratio in load.plain_ratio), math.inf)
+        return min([unseen, *(pass_seconds * ratio for ratio in load.plain_ratio)])
 
     def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
         """Learn from one request's verified nodes."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_redrafter.bench import drafts, graph_time
-from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call
+from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call, share_that_differs
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Candidates
 from vllm_redrafter.kernels import best_continuations, draft_trees, reference, sampling_noise
@@ -102,8 +102,7 @@ def _trees_case(num_requests: int, num_nodes: int, device: str) -> tuple[torch.T
 
 def _trees(case: str, *search: Any) -> Measurement:
     ours, twin = draft_trees.draft_trees(*search), reference.draft_trees(*search)
-    different = [float((a != b).float().mean()) for a, b in zip(ours, twin, strict=True)]
-    return Measurement("draft_trees", case, max(different), 0.0)
+    return Measurement("draft_trees", case, share_that_differs(ours, twin), 0.0)
 
 
 def _timed_trees(case: str, num_requests: int, num_nodes: int) -> Measurement:

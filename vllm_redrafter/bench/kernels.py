@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vllm_redrafter.bench import draft_kernels, graph_time, stock
-from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call
+from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call, share_that_differs
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
 from vllm_redrafter.kernels import commit_kv, reference, tree_attention, verify_walk
 from vllm_redrafter.kernels.batch import HEAD_SIZES, AttentionOptions
@@ -132,8 +132,7 @@ def _commit(case: str, batch: Batch, layers: list[torch.Tensor], nodes: torch.Te
     expected = [layer.clone() for layer in layers]
     commit_kv.commit_kv(layer_caches(layers), batch.trees, nodes)
     reference.commit_kv(layer_caches(expected), batch.trees, nodes)
-    different = [float((ours != twin).float().mean()) for ours, twin in zip(layers, expected, strict=True)]
-    return Measurement("commit_kv", case, max(different), 0.0)
+    return Measurement("commit_kv", case, share_that_differs(layers, expected), 0.0)
 
 
 def _timed_commit(case: str, batch: Batch, bytes_per_ms: float) -> Measurement:
@@ -170,8 +169,7 @@ def _walk_case(num_requests: int, num_nodes: int, device: str) -> tuple[torch.Te
 def _walk(case: str, num_requests: int, num_nodes: int, device: str) -> Measurement:
     trees = _walk_case(num_requests, num_nodes, device)
     ours, twin = verify_walk.verify_walk(*trees), reference.verify_walk(*trees)
-    different = [float((a != b).float().mean()) for a, b in zip(ours, twin, strict=True)]
-    return Measurement("verify_walk", case, max(different), 0.0)
+    return Measurement("verify_walk", case, share_that_differs(ours, twin), 0.0)
 
 
 def _timed_walk(case: str, num_requests: int, num_nodes: int) -> Measurement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,11 @@ class Measurement(NamedTuple):
     def agrees(self) -> bool:
         """Whether the kernel computes what its twin does; a nan does not."""
         return self.error <= self.tolerance
+
+
+def share_that_differs(ours: Iterable[torch.Tensor], twins: Iterable[torch.Tensor]) -> float:
+    """Return how much of the worst of several outputs is not the twin's."""
+    return max(float((a != b).float().mean()) for a, b in zip(ours, twins, strict=True))
 
 
 def call(function: Callable[..., object], *arguments: object, **options: object) -> Callable[[], object]:

@@ -84,11 +84,20 @@ def best_continuations(
     Args:
         scale: what logits are multiplied by after the noise is added.
     """
-    values = logits.float() if noise is None else logits.float() + noise[:, None]
-    totals = ((values if scale == 1 else values * scale).log_softmax(dim=-1) + scores[..., None]).flatten(1)
+    totals = (with_noise(logits, noise, scale).log_softmax(dim=-1) + scores[..., None]).flatten(1)
     best = totals.topk(min(num_kept, totals.shape[1]), dim=-1)
     head_size = logits.shape[-1]
     return Continuations(best.indices // head_size, best.indices % head_size, best.values)
+
+
+def with_noise(
+    logits: torch.Tensor,  # [batch, beams, head_size]
+    noise: torch.Tensor | None,  # [batch, head_size] fp32
+    scale: float,
+) -> torch.Tensor:
+    """Return fp32 logits with their noise, multiplied by `scale`: what continuations are ranked by."""
+    values = logits.float() if noise is None else logits.float() + noise[:, None]
+    return values if scale == 1 else values * scale
 
 
 class BeamSearch:

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from vllm_redrafter.core import token_tree
 from vllm_redrafter.core.acceptance import Walk
-from vllm_redrafter.core.beam_search import Candidates, Continuations
+from vllm_redrafter.core.beam_search import Candidates, Continuations, with_noise
 from vllm_redrafter.kernels.batch import AttentionOptions, PaddedTrees, TreeBatch
 from vllm_redrafter.kernels.caches import LayerCaches
 
@@ -109,8 +109,7 @@ def best_continuations(
     scale: float = 1.0,
 ) -> Continuations:
     """Return the best `num_kept` continuations, or all where there are fewer; the first of equals comes first."""
-    values = logits.float() if noise is None else logits.float() + noise[:, None]
-    totals = ((scale * values).log_softmax(dim=-1) + scores[..., None]).flatten(1)
+    totals = (with_noise(logits, noise, scale).log_softmax(dim=-1) + scores[..., None]).flatten(1)
     best = totals.sort(dim=-1, descending=True, stable=True)
     places = best.indices[:, :num_kept]
     head_size = logits.shape[-1]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from vllm.distributed import tensor_model_parallel_all_gather
 
-from vllm_redrafter.core.beam_search import Continuations
+from vllm_redrafter.core.beam_search import Continuations, with_noise
 from vllm_redrafter.core.config import ReDrafterConfig
 
 
@@ -47,7 +47,7 @@ def best_of_all_ranks(
     Where continuations are equally good, the first beam's is the better one, then the lowest draft id. Among equals
     within one rank `topk` decides which are sent, as it decides within the whole head.
     """
-    logits = scale * (logits.float() if noise is None else logits.float() + noise[:, None])
+    logits = with_noise(logits, noise, scale)
     rows = logits.topk(num_kept, dim=-1, sorted=False).indices.sort(dim=-1).values
     share = logits.logsumexp(dim=-1, keepdim=True)
     # a float holds every draft id: vocabularies are far smaller than 2^24
