@@ -305,6 +305,13 @@ def test_models_that_are_not_llama_like_are_refused(tmp_path: Path) -> None:
         grow_target(tmp_path, tmp_path / "large", TargetShape(2))
 
 
+def test_a_drafter_in_the_place_of_a_target_is_refused(tmp_path: Path) -> None:
+    checkpoint.save_drafter(ReDrafter(ReDrafterConfig(hidden_size=8, vocab_size=16)), tmp_path)
+
+    with pytest.raises(ValueError, match="is a redrafter model, but only llama and mistral models can be grown"):
+        grow_target(tmp_path, tmp_path / "large", TargetShape(2))
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json in .*: pass a directory that holds a target"):
         grow_target(tmp_path, tmp_path / "large", TargetShape(2))

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_redrafter.core import checkpoint
 from vllm_redrafter.core.drafter import ReDrafter
@@ -185,12 +185,14 @@ def _check_output(source: Path, output: Path) -> None:
 def _read_config(source: Path) -> Any:
     if not (source / "config.json").is_file():
         raise ValueError(f"no config.json in {str(source)!r}: pass a directory that holds a target")
-    config = AutoConfig.from_pretrained(source)
-    if config.model_type not in _MODEL_TYPES:
+    # not by transformers: it knows no drafters, and says so at length
+    model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"{str(source)!r} is a {config.model_type} model, but only {' and '.join(_MODEL_TYPES)} models "
+            f"{str(source)!r} is a {model_type} model, but only {' and '.join(_MODEL_TYPES)} models "
             "can be grown: pass one of those"
         )
+    config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{str(source)!r} is quantised, and zeros may not survive that: pass unquantised weights")
     return config
