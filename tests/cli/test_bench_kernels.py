@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from vllm_redrafter.bench.measurement import Measurement
+from vllm_redrafter.bench.measurement import Measurement, share_that_differs
 from vllm_redrafter.cli import bench_kernels
 from vllm_redrafter.cli.main import main
 
@@ -55,6 +55,13 @@ def test_a_kernel_that_is_wrong_or_wrote_nothing_is_said_to_be() -> None:
         "WRONG",
         "WRONG",
     ]
+
+
+def test_of_several_outputs_the_worst_counts() -> None:
+    ours, twin = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])
+
+    assert share_that_differs((ours, ours), (ours, ours)) == 0
+    assert share_that_differs((ours, ours, ours), (ours, twin, ours)) == 0.25
 
 
 def test_times_are_held_against_floor_and_stock() -> None:
