@@ -74,22 +74,32 @@ def test_times_are_held_against_floor_and_stock() -> None:
     assert lines[2].split()[-5:] == ["0.0100", "–", "–", "–", "–"]
 
 
-@pytest.mark.parametrize(("spilled_bytes", "status"), [(0, 0), (8, 1)])
-def test_spills_fail_the_command(
-    spilled_bytes: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("shared_bytes", "spilled_bytes", "status"), [(98560, 0, 0), (98560, 8, 1), (170_000, 0, 1)], ids=str
+)
+def test_spills_and_too_much_shared_memory_fail_the_command(
+    shared_bytes: int,
+    spilled_bytes: int,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    one = kernel_binaries.Compiled("attend", "17 rows", 90, kernel_binaries.Binary(168, 98560, spilled_bytes))
+    binary = kernel_binaries.Binary(168, shared_bytes, spilled_bytes, loads_ahead=6)
+    one = kernel_binaries.Compiled("attend", "17 rows", 90, binary)
     monkeypatch.setattr(kernel_binaries, "compile_all", lambda capability: [one._replace(capability=capability)])
 
     assert main(["bench", "kernels", "--compile-only", "80,90"]) == status
 
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-4:] for line in lines[1:-1]] == [
-        ["sm_80", "168", "98560", str(spilled_bytes)],
-        ["sm_90", "168", "98560", str(spilled_bytes)],
+    assert [line.split()[-5:] for line in lines[1:-1]] == [
+        ["sm_80", "168", str(shared_bytes), str(spilled_bytes), "6"],
+        ["sm_90", "168", str(shared_bytes), str(spilled_bytes), "6"],
     ]
-    assert json.loads(lines[-1])["spills"] is (spilled_bytes > 0)
+    found = json.loads(lines[-1])
+    assert found["spills"] is (spilled_bytes > 0)
+    # an A100's program has less than an H100's
+    assert found["fits"] is (shared_bytes < 163 * 1024)
 
 
 def test_a_gpu_that_no_kernel_was_made_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not ASSEMBLER.exists(), reason="this Triton brings no ptxas, which compiling needs")
-def test_no_kernel_spills_registers(tmp_path: Path) -> None:
+def test_kernels_spill_nothing_fit_and_load_ahead(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vllm_redrafter.cli.main", "bench", "kernels", "--compile-only", "90"]
     # interpreted in this process, compiled in that one
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -41,3 +41,5 @@ def test_no_kernel_spills_registers(tmp_path: Path) -> None:
     assert all(one["binary"]["registers"] > 0 for one in compiled)
     # what a program on an H100 can have
     assert all(one["binary"]["shared_bytes"] <= 227 * 1024 for one in compiled)
+    # keys, values and block numbers of the next tile, at the least, while one is worked on
+    assert all(one["binary"]["loads_ahead"] >= 3 for one in compiled if one["kernel"] == "attend")

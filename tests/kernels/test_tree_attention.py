@@ -123,6 +123,18 @@ def test_a_long_context_is_split_and_joined() -> None:
     assert_same(single)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 16, 32, 64, 256])
+@pytest.mark.parametrize("context_len", [4096, 32768, 131072])
+def test_splits_leave_few_multiprocessors_idle(batch_size: int, context_len: int) -> None:
+    lens = [5] * batch_size, [17] * batch_size
+    batch = random_batch(*lens, num_heads=32, num_kv_heads=8, dtype=torch.bfloat16)
+    batch = batch._replace(trees=batch.trees._replace(max_seq_len=context_len))
+
+    rounds = 8 * batch_size * num_splits(batch) / 132
+
+    assert rounds / math.ceil(rounds) > 0.9
+
+
 def test_padding_in_a_split_context() -> None:
     batch = random_batch([600], [5])
     batch.trees.ancestors[0, 3:] = 0

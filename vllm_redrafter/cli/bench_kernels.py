@@ -37,7 +37,7 @@ def add_parser(benches: Any) -> None:
         nargs="?",
         type=options.list_of(_gpu),
         const=(80, 90, 100),
-        help="only compile them, which needs no GPU: registers, shared memory, spills (default: 80,90,100)",
+        help="only compile them, which needs no GPU: registers, shared memory, spills, loads (default: 80,90,100)",
     )
     for name, default, what in (
         ("batch-sizes", (1, 8, 32, 64), "requests"),
@@ -96,6 +96,7 @@ def _compile(capabilities: Sequence[int]) -> int:
         raise CommandError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
     from vllm_redrafter import provenance
     from vllm_redrafter.bench import kernel_binaries
+    from vllm_redrafter.kernels.gpu import Gpu
 
     compiled: list[Compiled] = []
     for capability in capabilities:
@@ -103,9 +104,10 @@ def _compile(capabilities: Sequence[int]) -> int:
         compiled += kernel_binaries.compile_all(capability)
     print(render_binaries(compiled), flush=True)
     spills = any(one.binary.spilled_bytes for one in compiled)
+    fits = all(one.binary.shared_bytes <= Gpu(one.capability).shared_bytes for one in compiled)
     results = [{**one._asdict(), "binary": one.binary._asdict()} for one in compiled]
-    print(json.dumps(provenance.describe() | {"spills": spills, "results": results}))
-    return FAILED if spills else 0
+    print(json.dumps(provenance.describe() | {"spills": spills, "fits": fits, "results": results}))
+    return 0 if fits and not spills else FAILED
 
 
 def render(measurements: Sequence[Measurement]) -> str:
@@ -144,10 +146,14 @@ def render_times(measurements: Sequence[Measurement]) -> str:
 def render_binaries(compiled: Sequence[Compiled]) -> str:
     """Return what every kernel needs of every kind of GPU, as a table."""
     return table.render(
-        ("kernel", "case", "gpu", "registers", "shared bytes", "spilled bytes"),
-        [(one.kernel, one.case, f"sm_{one.capability}", *map(str, one.binary)) for one in compiled],
+        ("kernel", "case", "gpu", "registers", "shared bytes", "spilled bytes", "loads ahead"),
+        [(one.kernel, one.case, f"sm_{one.capability}", *map(_count, one.binary)) for one in compiled],
         left=3,
     )
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else str(number)
 
 
 def _gpu(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What a launch compiles to for a GPU that need not be there: registers, shared memory, spills.
+"""What a launch compiles to for a GPU that need not be there: registers, shared memory, spills, loads.
 
 Triton's compiler brings its own assembler, so all that a GPU is needed for is running. A launch is compiled exactly as
 it would be on the GPU, with the specialisation that its arguments call for. Only in a process in which Triton was
@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from vllm_redrafter.kernels.launch import Launch
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+_WAIT = re.compile(r"async_wait[^{\n]*\{num = (\d+)")
 
 
 class Binary(NamedTuple):
@@ -33,6 +34,8 @@ class Binary(NamedTuple):
     """Per program."""
     spilled_bytes: int
     """Per thread: what did not fit into registers."""
+    loads_ahead: int | None
+    """Groups of loads that stay under way where a loop waits for earlier ones; None where no loop waits for any."""
 
 
 class _AbsentGpu:
@@ -71,7 +74,13 @@ def compile_launch(launch: Launch, capability: int) -> Binary:
     usage = _USAGE.search(listing)
     assert usage is not None, listing
     registers, stack, local = map(int, usage.groups())
-    return Binary(registers, compiled.metadata.shared, stack + local)
+    return Binary(registers, compiled.metadata.shared, stack + local, _loads_ahead(compiled.asm["ttgir"]))
+
+
+def _loads_ahead(code: str) -> int | None:
+    """Return how many groups of loads the least patient wait of a loop leaves under way, by Triton's GPU code."""
+    loops = [behind.split("scf.yield")[0] for behind in code.split("scf.for")[1:]]
+    return min((int(count) for loop in loops for count in _WAIT.findall(loop)), default=None)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ depends on nothing that only the device knows: a CUDA graph that was captured on
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ from vllm_redrafter.kernels.launch import Launch
 _MIN_SPLIT = 256
 """Keys for which a program of its own pays."""
 _MAX_SPLITS = 64
+_USUAL_LEN = 8192
+"""Keys that work is divided for where the bound of a captured graph allows more."""
+_START = 3.0
+"""What starting and ending a program takes, in tiles of keys: an estimate."""
+_BYTES_AHEAD = 48 * 1024
+"""Keys and values that should be under way while a program computes: at 4 TB/s and 132 multiprocessors, 30 bytes per
+nanosecond for each, that is 1.5 microseconds, about twice what a load takes."""
+_MAX_TILES_AHEAD = 3
 
 
 def tree_attention(
@@ -68,9 +77,10 @@ def plan(
     num_kv_heads = key_cache.shape[2]
     num_requests, max_rows = trees.ancestors.shape
     group = num_heads // num_kv_heads
-    shape = _tile_shape(max_rows * group, head_size, query.dtype, gpu)
+    shape = _tile_shape(max_rows * group, head_size, query.dtype, options.sliding_window > 0, gpu)
+    num_warps = _num_warps(shape["BLOCK_M"], head_size)
     num_tiles = triton.cdiv(max_rows * group, shape["BLOCK_M"])
-    num_splits = _num_splits(num_requests * num_kv_heads * num_tiles, trees.max_seq_len, gpu)
+    num_splits = _num_splits(num_requests * num_kv_heads * num_tiles, trees.max_seq_len, shape["BLOCK_KV"], gpu)
     if key_cache.dtype == torch.float8_e4m3fn and gpu.capability < 89:
         # these know no fp8: the kernel decodes the bytes
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
@@ -113,9 +123,8 @@ def plan(
             "NUM_TILES": num_tiles,
             **shape,
         },
-        num_warps=_num_warps(shape["BLOCK_M"], head_size),
-        # three: block numbers are a tile ahead of the keys, which are a tile ahead of their use
-        num_stages=3 if query.element_size() == 2 else 1,
+        num_warps,
+        _num_stages(query, key_cache, shape, num_warps, gpu) if query.element_size() == 2 else 1,
     )
     if part_lse is None:
         return [attend]
@@ -138,21 +147,48 @@ def _check(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tens
         )
 
 
-def _tile_shape(num_rows: int, head_size: int, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
+def _tile_shape(num_rows: int, head_size: int, dtype: torch.dtype, has_window: bool, gpu: Gpu) -> dict[str, int]:
     """Return how many rows and keys a program handles at once: as many as leave everything in registers."""
-    small = head_size > 128 or dtype == torch.float32 or (head_size > 64 and gpu.capability < 90)
+    small = head_size > 128 or dtype == torch.float32 or (head_size > 64 and not gpu.has_large_products)
     block_m = min(max(16, triton.next_power_of_2(num_rows)), 64 if small else 128)
-    return {"BLOCK_M": block_m, "BLOCK_KV": 32 if small else 64}
+    return {"BLOCK_M": block_m, "BLOCK_KV": 32 if small or has_window else 64}
 
 
 def _num_warps(block_m: int, head_size: int) -> int:
     return 8 if block_m * triton.next_power_of_2(head_size) >= 4096 else 4
 
 
-def _num_splits(num_programs: int, max_seq_len: int, gpu: Gpu) -> int:
-    """Return into how many parts the context is cut, so that the programs fill the GPU twice over."""
-    wanted = triton.cdiv(2 * gpu.num_multiprocessors, max(1, num_programs))
-    return max(1, min(wanted, max_seq_len // _MIN_SPLIT, _MAX_SPLITS))
+def _num_stages(query: torch.Tensor, key_cache: torch.Tensor, shape: dict[str, int], num_warps: int, gpu: Gpu) -> int:
+    """Return how deep the loop over tiles is pipelined.
+
+    A load of keys follows a load of their block numbers, and each link of that chain is given half of the stages. With
+    three of them, or four, a tile's loads end where the loop waits for them at once; every two more keep another tile
+    under way meanwhile (`bench kernels --compile-only` shows it).
+    """
+    padded_head = triton.next_power_of_2(query.shape[-1])
+    tile_bytes = 2 * shape["BLOCK_KV"] * padded_head * key_cache.element_size()
+    # the query's rows, and as much again for what is moved between layouts
+    others = 2 * shape["BLOCK_M"] * padded_head * query.element_size()
+    # one tile is in use, and one being waited for
+    fitting = (gpu.shared_bytes - others) // tile_bytes - 2
+    # of programs of four warps, two find room
+    wanted = triton.cdiv(_BYTES_AHEAD * num_warps, 8 * tile_bytes)
+    return 3 + 2 * max(0, min(wanted, _MAX_TILES_AHEAD, fitting))
+
+
+def _num_splits(num_programs: int, max_seq_len: int, block_kv: int, gpu: Gpu) -> int:
+    """Return into how many parts the context is cut: those that all end soonest, in batches even and uneven."""
+    tiles = min(max_seq_len, _USUAL_LEN) / block_kv
+
+    def duration(splits: int) -> float:
+        part, rounds = tiles / splits, num_programs * splits / gpu.num_multiprocessors
+        even = math.ceil(rounds) * (part + _START)
+        # half as long on average, in any order, and while the last one runs there is nothing else to do
+        uneven = rounds * (part / 2 + _START) + part
+        return even + uneven
+
+    most = max(1, min(max_seq_len // _MIN_SPLIT, _MAX_SPLITS))
+    return min(range(1, most + 1), key=duration)
 
 
 def _strides(name: str, tensor: torch.Tensor, *axes: str) -> dict[str, Any]:
