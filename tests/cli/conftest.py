@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from vllm_redrafter.cli import engine
+from vllm_redrafter.core.checkpoint import save_drafter
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
 
 FakePair = Callable[..., tuple[str, str]]
+
+SIZES = {"hidden_size": 8, "vocab_size": 16}
 
 
 @pytest.fixture
@@ -25,11 +30,12 @@ def fake_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePair:
     monkeypatch.setattr(tempfile, "tempdir", str(logs))
 
     def make(**behaviour: Any) -> tuple[str, str]:
-        for name in ("target", "drafter"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / "target" / "fake.json").write_text(json.dumps(behaviour))
-        return str(tmp_path / "target"), str(tmp_path / "drafter")
+        target, drafter = tmp_path / "target", tmp_path / "drafter"
+        target.mkdir()
+        (target / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2, **SIZES}))
+        (target / "fake.json").write_text(json.dumps(behaviour))
+        save_drafter(ReDrafter(ReDrafterConfig(**SIZES, exit_dim=16)), drafter)
+        return str(target), str(drafter)
 
     return make
 

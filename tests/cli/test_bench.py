@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.cli.conftest import FakePair
+from tests.cli.conftest import SIZES, FakePair
 from vllm_redrafter.bench import memory
 from vllm_redrafter.cli.main import main
 from vllm_redrafter.core.checkpoint import save_drafter
@@ -164,7 +164,7 @@ def steps_command(target: str, drafter: str, *more: str) -> list[str]:
 
 
 def give_tokenizer(target: str) -> None:
-    config = LlamaConfig(vocab_size=64, max_position_embeddings=32)
+    config = LlamaConfig(**SIZES, num_attention_heads=2, max_position_embeddings=32)
     config.save_pretrained(target)
     words = WordLevel({"<unk>": 0, "one": 1, "two": 2, "three": 3}, unk_token="<unk>")
     tokenizer = Tokenizer(words)

@@ -14,6 +14,7 @@ from vllm_redrafter.cli import options, table
 from vllm_redrafter.cli.engine import Engine, EngineSpec
 from vllm_redrafter.cli.errors import FAILED, CommandError
 from vllm_redrafter.cli.generation import Prompt
+from vllm_redrafter.cli.pair import check_pair
 from vllm_redrafter.cli.progress import Progress
 from vllm_redrafter.cli.prompts import read_conversations
 
@@ -74,8 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_redrafter import provenance
     from vllm_redrafter.bench import memory, speed
 
-    options.check_model("--target", arguments.target)
-    options.check_model("--drafter", arguments.drafter)
+    check_pair(arguments.target, arguments.drafter)
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise CommandError(f"--output: no directory {str(arguments.output.parent)!r}: create it first")
     prompts = [conversation.turns[0] for conversation in read_conversations(arguments.prompts or speed.STORY_PROMPTS)]

@@ -13,6 +13,7 @@ from vllm_redrafter.cli import options, table
 from vllm_redrafter.cli.engine import Engine, EngineSpec
 from vllm_redrafter.cli.errors import CommandError
 from vllm_redrafter.cli.generation import Prompt
+from vllm_redrafter.cli.pair import check_pair
 from vllm_redrafter.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_redrafter import provenance
     from vllm_redrafter.bench import speed, steps
 
-    options.check_model("--target", arguments.target)
-    options.check_model("--drafter", arguments.drafter)
+    check_pair(arguments.target, arguments.drafter)
     if arguments.max_tokens < 2:
         raise CommandError("--max-tokens is 1, but an answer's first token comes with its prompt: ask for 2 or more")
     longest = AutoConfig.from_pretrained(arguments.target).get_text_config().max_position_embeddings

@@ -16,6 +16,7 @@ from vllm_redrafter.cli import color, options, race, table
 from vllm_redrafter.cli.engine import Engine
 from vllm_redrafter.cli.errors import FAILED, CommandError
 from vllm_redrafter.cli.generation import Answer, Generation, Prompt, tokens_per_step
+from vllm_redrafter.cli.pair import check_pair
 from vllm_redrafter.cli.progress import Progress
 from vllm_redrafter.cli.prompts import read_conversations
 
@@ -99,8 +100,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.target is not None:
         if arguments.as_is:
             raise CommandError("only the example target is grown: leave out --as-is, or --target and --drafter")
-        options.check_model("--target", arguments.target)
-        options.check_model("--drafter", arguments.drafter)
+        check_pair(arguments.target, arguments.drafter)
     elif not (EXAMPLES / "target").is_dir():
         raise CommandError(f"no example pair at {EXAMPLES}: run this in a checkout, or pass --target and --drafter")
 

@@ -12,6 +12,7 @@ from vllm_redrafter.cli.comparison import Difference, first_difference
 from vllm_redrafter.cli.engine import Engine, EngineSpec
 from vllm_redrafter.cli.errors import FAILED, CommandError
 from vllm_redrafter.cli.generation import Generation, Prompt, merge, tokens_per_step
+from vllm_redrafter.cli.pair import check_pair
 from vllm_redrafter.cli.progress import Progress
 from vllm_redrafter.cli.prompts import read_conversations
 
@@ -81,8 +82,7 @@ def logprob_tolerance(dtype: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    options.check_model("--target", arguments.target)
-    options.check_model("--drafter", arguments.drafter)
+    check_pair(arguments.target, arguments.drafter)
     prompts = _read_prompts(arguments.prompts)
     progress = Progress()
     drafter = options.speculative_config(

@@ -1,0 +1,48 @@
+"""Whether a drafter can serve with a target, asked before an engine without it has run for minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm_redrafter.cli import options
+from vllm_redrafter.cli.errors import CommandError
+
+
+def check_pair(target: str, drafter: str) -> None:
+    """Refuse what is no pair; of a target on the Hub only the engine knows what fits it.
+
+    Raises:
+        CommandError: one of them is no model, or the drafter is missing, broken, or of another target.
+    """
+    options.check_model("--target", target)
+    options.check_model("--drafter", drafter)
+    # torch is imported only now
+    from vllm_redrafter.core import checkpoint, hub
+
+    try:
+        directory = hub.resolve(drafter)
+        config = checkpoint.load_drafter(directory).config
+        if Path(target).is_dir():
+            sizes = _sizes(target)
+            if sizes is not None:
+                checkpoint.check_against_target(config, **sizes, target=target)
+            checkpoint.check_tokenizer(directory, Path(target))
+    except ValueError as error:
+        raise CommandError(f"--drafter: {error}") from None
+
+
+def _sizes(target: str) -> dict[str, int] | None:
+    """Return the sizes that a drafter must fit, or None of a target that transformers does not take."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(target).get_text_config()
+        return {
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "num_layers": config.num_hidden_layers,
+        }
+    except (ValueError, AttributeError, StrictDataclassError):
+        # vLLM may know more models, and says itself what is wrong with one
+        return None
