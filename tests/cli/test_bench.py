@@ -81,6 +81,22 @@ def test_speed_says_where_the_time_of_a_step_goes(
     assert lines[6].split() == ["tree8", "1", "0", "100.00", "10.00", "90.00"]
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_speed_asks_for_an_automatic_budget_where_there_is_one(
+    has_gpu: bool,
+    fake_pair: FakePair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(memory, "has_gpu", lambda: has_gpu)
+
+    assert run_speed(fake_pair, tmp_path, "--temperature", "0", "--rounds", "1") == 0
+
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert ("auto" in [result["config"] for result in results]) == (not has_gpu)
+
+
 def test_speed_writes_what_it_measured_and_what_with(fake_pair: FakePair, tmp_path: Path) -> None:
     output = tmp_path / "speed.json"
 

@@ -21,6 +21,9 @@ from vllm_redrafter.cli.prompts import read_conversations
 if TYPE_CHECKING:
     from vllm_redrafter.bench.speed import Outcome, Request, Result, SpeculativeConfig
 
+_CONFIGS = ("plain", "ngram", "chain4", "tree2", "tree8", "auto")
+_GPU_CONFIGS = ("plain", "ngram", "chain4", "tree8", "tree16")
+
 
 def add_parser(benches: Any) -> None:
     """Add the sub-command."""
@@ -61,8 +64,8 @@ def add_parser(benches: Any) -> None:
         "--configs",
         metavar="NAME,...",
         type=options.list_of(str),
-        default=("plain", "ngram", "chain4", "tree2", "tree8", "auto"),
-        help="plain, ngram or ngramN, chainN, treeN, auto or autoN (default: plain,ngram,chain4,tree2,tree8,auto)",
+        help="plain, ngram or ngramN, chainN, treeN, auto or autoN (default: "
+        f"{','.join(_CONFIGS)}; on a GPU, where no budget is automatic, {','.join(_GPU_CONFIGS)})",
     )
     parser.add_argument("--rounds", metavar="N", type=options.positive_int, default=3, help="default: 3")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write everything measured as JSON")
@@ -82,8 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     plan = speed.Plan(
         arguments.batch_sizes, arguments.temperature, arguments.rounds, arguments.max_tokens, arguments.num_prompts
     )
+    names = arguments.configs or (_GPU_CONFIGS if memory.has_gpu() else _CONFIGS)
     try:
-        configs = {name: speed.speculative_config(name, arguments.drafter) for name in arguments.configs}
+        configs = {name: speed.speculative_config(name, arguments.drafter) for name in names}
     except ValueError as error:
         raise CommandError(f"--configs: {error}") from None
     if speed.PLAIN not in configs:
