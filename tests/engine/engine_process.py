@@ -125,6 +125,8 @@ class Result:
     """Whether steps are scheduled before the ones before them have ended."""
     num_head_rows: list[int]
     """By rank, the rows of the drafter's head that it holds, under model runner V2; else empty."""
+    num_graph_replays: int
+    """CUDA graphs that were replayed, as `v2.recorded_graphs` does."""
 
     def token_ids(self) -> list[list[list[int]] | None]:
         """Return the tokens of every sample of every request."""

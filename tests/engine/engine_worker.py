@@ -70,6 +70,7 @@ class _Server:
     def run(self, workload: dict[str, Any]) -> dict[str, Any]:
         self._llm.reset_prefix_cache()
         before, metrics_before = self._stats(), self._metrics()
+        replays_before = _num_graph_replays()
         started = time.perf_counter()
         with _mutation(workload["mutation"]):
             answers, num_steps = self._serve(workload["requests"])
@@ -84,6 +85,7 @@ class _Server:
             "has_plugin": "vllm_redrafter" in sys.modules,
             "is_async": self._llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
             "num_head_rows": self._num_head_rows(),
+            "num_graph_replays": _num_graph_replays() - replays_before,
         }
 
     def _serve(self, requests: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], int]:
@@ -148,6 +150,12 @@ class _Server:
 
     def _metrics(self) -> dict[str, float]:
         return {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
+
+
+def _num_graph_replays() -> int:
+    """Return how many CUDA graphs this process has replayed, where it records any."""
+    recorded = sys.modules.get("tests.engine.v2.recorded_graphs")
+    return 0 if recorded is None else recorded.RecordedGraph.num_replays
 
 
 def _head(drafter: Any) -> Any:

@@ -11,12 +11,19 @@ for the masks of grammars.
 from __future__ import annotations
 
 import itertools
+import os
+from functools import partial
 from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.platforms.cpu import CpuPlatform
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -24,7 +31,11 @@ from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
+from tests.engine.v2 import recorded_graphs
 from tests.kernels.interpreter import multiply_bf16
+
+RECORDS_GRAPHS = os.environ.get("RECORD_CUDA_GRAPHS") == "1"
+"""Whether CUDA graphs are captured, as `recorded_graphs` does."""
 
 
 def register() -> None:
@@ -36,12 +47,19 @@ def register() -> None:
     stock = CpuPlatform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
-        asked = vllm_config.scheduler_config.async_scheduling
+        asked, sizes = (
+            vllm_config.scheduler_config.async_scheduling,
+            vllm_config.compilation_config.cudagraph_capture_sizes,
+        )
         stock(vllm_config)
         vllm_config.scheduler_config.async_scheduling = asked
+        if RECORDS_GRAPHS:
+            vllm_config.compilation_config.cudagraph_capture_sizes = sizes
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
     start_as_on_a_gpu()
+    if RECORDS_GRAPHS:
+        recorded_graphs.install()
 
 
 def start_as_on_a_gpu() -> None:
@@ -51,8 +69,9 @@ def start_as_on_a_gpu() -> None:
     def determine_available_memory(self: CPUWorker) -> int:
         with set_current_vllm_config(self.vllm_config):
             self.model_runner.profile_run()
-            # a CPU captures nothing and has no sizes for it
-            self.model_runner.compilation_config.max_cudagraph_capture_size = 1
+            if not RECORDS_GRAPHS:
+                # nothing is captured, and there are no sizes for it
+                self.model_runner.compilation_config.max_cudagraph_capture_size = 1
             cudagraph_utils._init_minimal_kv_cache_for_profiling(self.model_runner)
             cudagraph_utils._teardown_profiling_state(self.model_runner)
         return determine(self)
@@ -88,7 +107,15 @@ def apply_grammar_bitmask(
         first += self.mask_stride if has_spare_masks else len(rows)
 
 
+class PagedAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+
 class PagedAttentionBackend(CPUAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        return PagedAttentionMetadataBuilder
+
     @staticmethod
     def get_name() -> str:
         return "TRITON_ATTN"
@@ -111,8 +138,11 @@ class PagedAttentionImpl(CPUAttentionBackendImpl):
         output_scale: Any = None,
         output_block_scale: Any = None,
     ) -> torch.Tensor:
-        if attn_metadata is None:
-            return output
+        if attn_metadata is not None:
+            recorded_graphs.kernel(partial(self._attend, query, kv_cache, attn_metadata, output))
+        return output
+
+    def _attend(self, query: torch.Tensor, kv_cache: torch.Tensor, attn_metadata: Any, output: torch.Tensor) -> None:
         cache = kv_cache.transpose(1, 2)
         starts, lengths = attn_metadata.query_start_loc.tolist(), attn_metadata.seq_lens.tolist()
         for request, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -128,10 +158,14 @@ class PagedAttentionImpl(CPUAttentionBackendImpl):
             scores = self.scale * query[start:end].transpose(0, 1) @ k.transpose(1, 2)
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
             output[start:end] = (weights @ v).transpose(0, 1)
-        return output
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        recorded_graphs.kernel(partial(self._write, key, value, kv_cache, slot_mapping))
+
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         cache, kept = kv_cache.transpose(1, 2), slot_mapping >= 0
         slots = slot_mapping[kept]

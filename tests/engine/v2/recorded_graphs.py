@@ -1,0 +1,133 @@
+"""CUDA graphs on a CPU: what a GPU would capture is recorded, kernel by kernel, and replayed on the same memory.
+
+A replay runs none of the Python that was captured. Every kernel gets the tensors and numbers that it had then, and
+writes where it wrote then, so what capture must not bake in, an address, a length, a choice of the host, shows as it
+does on a GPU. All memory that captured regions allocated holds garbage when a replay begins, as in a pool that graphs
+share, and a read of the device by the host fails, as no capture can hold it.
+
+A kernel is what torch's dispatcher has at its bottom, a launch of Triton's, and what a stand-in says is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.worker import workspace
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu import cudagraph_utils
+
+_GARBAGE = -(1 << 30)
+
+
+class RecordedGraph:
+    """Stands for `torch.cuda.CUDAGraph`."""
+
+    num_replays: ClassVar[int] = 0
+    """Of all graphs of this process."""
+    pool: ClassVar[list[torch.Tensor]] = []
+    """What captured regions allocated."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Callable[[], object]] = []
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        RecordedGraph.num_replays += 1
+        for tensor in self.pool:
+            if tensor.dtype.is_floating_point:
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(max(_GARBAGE, torch.iinfo(tensor.dtype).min))
+        for kernel in self.kernels:
+            kernel()
+
+
+class _Recorder(TorchDispatchMode):
+    current: ClassVar[_Recorder | None] = None
+
+    def __init__(self, graph: RecordedGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __enter__(self) -> _Recorder:
+        _Recorder.current = self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _Recorder.current = None
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function.name()
+        if name == "aten::_local_scalar_dense":
+            raise AssertionError("the host reads the device while a graph is captured")
+        if function.namespace == "vllm":
+            # what vLLM hides from torch.compile: Python that launches kernels
+            with self:
+                return function._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+        result = function(*args, **kwargs)
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        fresh = [tensor.untyped_storage().data_ptr() not in given for tensor in _tensors(result)]
+        written = [tensor for tensor, is_fresh in zip(_tensors(result), fresh, strict=True) if is_fresh]
+        RecordedGraph.pool += written
+        if "empty" not in name:
+            self.graph.kernels.append(partial(_run_again, function, args, kwargs, fresh, written))
+        return result
+
+
+def kernel(run: Callable[[], object]) -> None:
+    """Run what stands for one kernel, and let a graph that is being captured hold it."""
+    if _Recorder.current is None:
+        run()
+        return
+    _Recorder.current.graph.kernels.append(run)
+    with _disable_current_modes():
+        run()
+
+
+def install() -> None:
+    """Let vLLM capture graphs on this CPU, in the region of its start where a GPU's worker does."""
+    torch.cuda.CUDAGraph, torch.cuda.graph = RecordedGraph, _capture
+    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.get_memory_info = lambda *device: (0, 0)
+    torch.accelerator.synchronize = lambda *device: None
+    cudagraph_utils.graph_capture = lambda device: nullcontext()
+    cudagraph_utils.capture_pool = lambda pool, config: nullcontext(pool)
+    cudagraph_utils.CudaGraphManager._capture_stream = lambda self, desc: None
+    CpuPlatform.support_static_graph_mode = classmethod(lambda cls: True)
+    CpuPlatform.graph_pool_handle = classmethod(lambda cls: (0, 0))
+    launch, warm_up = GridExecutor.__call__, CPUWorker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model(self: CPUWorker) -> Any:
+        times = warm_up(self)
+        workspace.init_workspace_manager(self.model_runner.device)
+        self.model_runner.capture_model()
+        return times
+
+    GridExecutor.__call__ = lambda self, *args, **kwargs: kernel(partial(launch, self, *args, **kwargs))
+    CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+@contextmanager
+def _capture(graph: RecordedGraph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    with _Recorder(graph):
+        yield
+
+
+def _run_again(function: Any, args: Any, kwargs: Any, fresh: list[bool], written: list[torch.Tensor]) -> None:
+    results = _tensors(function(*args, **kwargs))
+    for old, new in zip(written, [new for new, is_fresh in zip(results, fresh, strict=True) if is_fresh], strict=True):
+        old.copy_(new)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
