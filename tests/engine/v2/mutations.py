@@ -56,6 +56,41 @@ def attend_to_every_earlier_node() -> Iterator[None]:
 
 
 @contextmanager
+def keep_ancestors_where_no_graph_looks() -> Iterator[None]:
+    """Give every step its trees in new memory: right, where nothing is replayed."""
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, *arguments: Any, **more: Any) -> Any:
+            before = self.ancestors.clone()
+            prepared = original(self, *arguments, **more)
+            self.step.trees = [trees._replace(ancestors=trees.ancestors.clone()) for trees in self.step.trees]
+            self.ancestors.copy_(before)
+            return prepared
+
+        return prepare
+
+    with replaced(TreeModelState, "prepare_attn", wrap):
+        yield
+
+
+@contextmanager
+def keep_hidden_states_where_no_graph_looks() -> Iterator[None]:
+    """Draft from new memory at every step: right, where nothing is replayed."""
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def propose(self: Any, *arguments: Any, **more: Any) -> Any:
+            self._hidden = torch.zeros_like(self._hidden)
+            return original(self, *arguments, **more)
+
+        return propose
+
+    with replaced(TreeSpeculator, "propose", wrap):
+        yield
+
+
+@contextmanager
 def draft_without_foresight() -> Iterator[None]:
     """Do not tell drafts what sampling will add."""
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator

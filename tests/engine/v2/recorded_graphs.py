@@ -84,6 +84,13 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+@contextmanager
+def capture(graph: RecordedGraph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+    """Let a graph hold what is run: stands for `torch.cuda.graph`."""
+    with _Recorder(graph):
+        yield
+
+
 def kernel(run: Callable[[], object]) -> None:
     """Run what stands for one kernel, and let a graph that is being captured hold it."""
     if _Recorder.current is None:
@@ -96,7 +103,7 @@ def kernel(run: Callable[[], object]) -> None:
 
 def install() -> None:
     """Let vLLM capture graphs on this CPU, in the region of its start where a GPU's worker does."""
-    torch.cuda.CUDAGraph, torch.cuda.graph = RecordedGraph, _capture
+    torch.cuda.CUDAGraph, torch.cuda.graph = RecordedGraph, capture
     torch.accelerator.empty_cache = lambda: None
     torch.accelerator.get_memory_info = lambda *device: (0, 0)
     torch.accelerator.synchronize = lambda *device: None
@@ -115,12 +122,6 @@ def install() -> None:
 
     GridExecutor.__call__ = lambda self, *args, **kwargs: kernel(partial(launch, self, *args, **kwargs))
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
-
-
-@contextmanager
-def _capture(graph: RecordedGraph, pool: Any = None, stream: Any = None) -> Iterator[None]:
-    with _Recorder(graph):
-        yield
 
 
 def _run_again(function: Any, args: Any, kwargs: Any, fresh: list[bool], written: list[torch.Tensor]) -> None:

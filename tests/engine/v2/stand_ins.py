@@ -10,6 +10,7 @@ for the masks of grammars.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from functools import partial
@@ -38,8 +39,12 @@ RECORDS_GRAPHS = os.environ.get("RECORD_CUDA_GRAPHS") == "1"
 """Whether CUDA graphs are captured, as `recorded_graphs` does."""
 
 
+@functools.cache
 def register() -> None:
-    """Put the stand-ins in their places; the backend goes in that of vLLM's own, the only one it chooses on a CPU."""
+    """Put the stand-ins in their places, once in a process.
+
+    The backend goes in that of vLLM's own, the only one it chooses on a CPU.
+    """
     multiply_bf16()
     topk_topp_sampler.HAS_TRITON = False
     StructuredOutputsWorker.apply_grammar_bitmask = apply_grammar_bitmask

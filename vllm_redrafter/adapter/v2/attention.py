@@ -4,8 +4,9 @@ Prefill and plain decoding stay with the stock implementation. The rows of trees
 same paged cache: FlashAttention, Triton and FlashInfer all keep [num_blocks, num_kv_heads, block_size, 2 * head_size],
 keys and values side by side, in whatever order of strides.
 
-What the tests run is that layout under Triton's interpreter, behind a stock implementation in plain torch. The three
-backends themselves, fp8 caches behind them and FULL CUDA graphs around them need a GPU and have not been run.
+What the tests run is that layout under Triton's interpreter, behind a stock implementation in plain torch, FULL CUDA
+graphs included, which are recorded and replayed there. The three backends themselves and fp8 caches behind them need a
+GPU and have not been run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The drafter inside vLLM's model runner V2: from the hidden state at the last accepted node to the next tree.
 
 All tensors that a draft reads and writes stay where they are, and nothing waits for the device, so that a draft is one
-CUDA graph per size of batch. The graphs have not been run: there was no GPU.
+CUDA graph per size of batch. No GPU has run the graphs yet; the tests record and replay them on a CPU.
 """
 
 from __future__ import annotations
