@@ -79,7 +79,8 @@ class _Recorder(TorchDispatchMode):
         fresh = [tensor.untyped_storage().data_ptr() not in given for tensor in _tensors(result)]
         written = [tensor for tensor, is_fresh in zip(_tensors(result), fresh, strict=True) if is_fresh]
         RecordedGraph.pool += written
-        if "empty" not in name:
+        # a view is no kernel, and memory comes with what was in it before
+        if (written or function._schema.is_mutable) and "empty" not in name:
             self.graph.kernels.append(partial(_run_again, function, args, kwargs, fresh, written))
         return result
 
