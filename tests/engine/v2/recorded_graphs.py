@@ -57,14 +57,6 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.graph = graph
 
-    def __enter__(self) -> _Recorder:
-        _Recorder.current = self
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        _Recorder.current = None
-        super().__exit__(*exception)
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function.name()
@@ -88,8 +80,12 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def capture(graph: RecordedGraph, pool: Any = None, stream: Any = None) -> Iterator[None]:
     """Let a graph hold what is run: stands for `torch.cuda.graph`."""
-    with _Recorder(graph):
-        yield
+    _Recorder.current = _Recorder(graph)
+    try:
+        with _Recorder.current:
+            yield
+    finally:
+        _Recorder.current = None
 
 
 def kernel(run: Callable[[], object]) -> None:
@@ -118,6 +114,8 @@ def install() -> None:
     def compile_or_warm_up_model(self: CPUWorker) -> Any:
         times = warm_up(self)
         workspace.init_workspace_manager(self.model_runner.device)
+        # of an engine before this one
+        RecordedGraph.pool.clear()
         self.model_runner.capture_model()
         return times
 
