@@ -153,9 +153,10 @@ class BeamSearch:
         candidates = Candidates(token_ids, best.beams + beams.first, best.log_probs)
 
         live = slice(self._width)
+        rows = torch.arange(len(token_ids), device=token_ids.device)[:, None]
         return candidates, Beams(
             # the recurrent state already holds the parent's token: it follows the beam that was continued
-            DraftState(state.context, state.recurrent.take_along_dim(best.beams[:, live, None], dim=1)),
+            DraftState(state.context, state.recurrent[rows, best.beams[:, live]]),
             token_ids[:, live],
             best.log_probs[:, live],
             beams.depth + 1,
