@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.cli.conftest import SIZES, FakePair
 from vllm_redrafter.cli.errors import CommandError
@@ -47,6 +49,15 @@ def test_what_is_no_drafter_is_refused(fake_pair: FakePair, tmp_path: Path) -> N
         check_pair(target, drafter)
     with pytest.raises(CommandError, match=r"--target: no directory '\./nowhere'"):
         check_pair("./nowhere", drafter)
+
+
+def test_a_drafter_with_another_tokenizer_is_refused(fake_pair: FakePair) -> None:
+    target, drafter = fake_pair()
+    for directory, vocabulary in ((target, {"one": 0, "two": 1}), (drafter, {"one": 1, "two": 0})):
+        Tokenizer(WordLevel(vocabulary, unk_token="one")).save(f"{directory}/tokenizer.json")
+
+    with pytest.raises(CommandError, match="the drafter's tokenizer is not the target's: 2 tokens"):
+        check_pair(target, drafter)
 
 
 def test_a_target_that_transformers_does_not_take_is_left_to_the_engine(fake_pair: FakePair) -> None:
