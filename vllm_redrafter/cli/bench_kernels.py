@@ -147,13 +147,12 @@ def render_binaries(compiled: Sequence[Compiled]) -> str:
     """Return what every kernel needs of every kind of GPU, as a table."""
     return table.render(
         ("kernel", "case", "gpu", "registers", "shared bytes", "spilled bytes", "loads ahead"),
-        [(one.kernel, one.case, f"sm_{one.capability}", *map(_count, one.binary)) for one in compiled],
+        [
+            (one.kernel, one.case, f"sm_{one.capability}", *(table.number(count, 0) for count in one.binary))
+            for one in compiled
+        ],
         left=3,
     )
-
-
-def _count(number: int | None) -> str:
-    return "" if number is None else str(number)
 
 
 def _gpu(text: str) -> int:

@@ -10,10 +10,9 @@ for the masks of grammars.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ RECORDS_GRAPHS = os.environ.get("RECORD_CUDA_GRAPHS") == "1"
 """Whether CUDA graphs are captured, as `recorded_graphs` does."""
 
 
-@functools.cache
+@cache
 def register() -> None:
     """Put the stand-ins in their places, once in a process.
 
@@ -52,10 +51,8 @@ def register() -> None:
     stock = CpuPlatform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
-        asked, sizes = (
-            vllm_config.scheduler_config.async_scheduling,
-            vllm_config.compilation_config.cudagraph_capture_sizes,
-        )
+        asked = vllm_config.scheduler_config.async_scheduling
+        sizes = vllm_config.compilation_config.cudagraph_capture_sizes
         stock(vllm_config)
         vllm_config.scheduler_config.async_scheduling = asked
         if RECORDS_GRAPHS:
