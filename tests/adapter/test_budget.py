@@ -292,20 +292,36 @@ def test_drafting_pauses_when_it_does_not_pay_and_pauses_double_up_to_a_limit(mo
     assert lengths == [min(2**index, longest) + 1 for index in range(12)]
 
 
-@pytest.mark.parametrize(("promise", "goes_on"), [(1.01, False), (1.02, False), (1.04, True), (1.2, True)])
-def test_a_promise_smaller_than_what_may_be_mistaken_is_no_reason_to_draft(promise: float, goes_on: bool) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "promise", "goes_on"),
+    [
+        (1, 1.01, False),
+        (1, 1.02, False),
+        (1, 1.04, True),
+        (1, 1.2, True),
+        # requests that began together end apart, and leave small batches behind
+        (4, 1.06, False),
+        (7, 1.06, False),
+        (4, 1.08, True),
+        (16, 1.1, False),
+        (16, 1.12, True),
+    ],
+)
+def test_a_promise_that_may_be_mistaken_or_not_be_kept_is_no_reason_to_draft(
+    batch_size: int, promise: float, goes_on: bool
+) -> None:
     budget = Budget(FREE, 1)
     log_prob = -0.75
     draft_seconds = (1 + math.exp(log_prob)) / promise - 1
     for _ in range(20):
-        budget.observe_step(StepRecord(1, 1, 1.0, draft_seconds, 1.0 + draft_seconds))
-        budget.observe_step(plain_step(1.0))
-    budget.load(1).on_trial = True  # the next choice decides alone
+        budget.observe_step(StepRecord(batch_size, batch_size, 1.0, draft_seconds, 1.0 + draft_seconds))
+        budget.observe_step(plain_step(1.0, batch_size))
+    budget.load(batch_size).on_trial = True  # the next choice decides alone
 
-    budget.choose(np.array([[log_prob]]), [True])
+    budget.choose(np.full((batch_size, 1), log_prob), [True] * batch_size)
 
-    assert budget.load(1).gain == pytest.approx(promise)
-    assert budget.should_draft(1) is goes_on
+    assert budget.load(batch_size).gain == pytest.approx(promise)
+    assert budget.should_draft(batch_size) is goes_on
 
 
 def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:

@@ -346,8 +346,56 @@ def test_searches_are_compiled_where_the_target_is_too(
     proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode, most_requests=most_requests)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+    proposer.compile()
 
     assert compiled == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "num_nodes", "num_ranks", "expected"),
+    [
+        (4, 8, 1, (3, 2)),
+        # the more nodes, the more beams bring
+        (4, 16, 1, (4, 3)),
+        (4, 1, 1, (1, 1)),
+        # a chain was asked for
+        (1, 8, 1, (1, 1)),
+        # ranks must draft alike
+        (4, 8, 2, (4, 4)),
+    ],
+)
+def test_beams_that_take_more_than_they_bring_are_not_searched(
+    width: int, num_nodes: int, num_ranks: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proposer = proposer_of(ReDrafterOptions("unused", num_nodes, width, 4, "auto"), num_ranks=num_ranks)
+    proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval(), nn.Embedding(VOCAB, HIDDEN))
+    # a beam more takes a hundredth of a pass with one row; with several requests, thrice that of one twice as long
+    monkeypatch.setattr(
+        Searcher, "seconds", lambda self, num_requests: self.shape.width * (0.01 if num_requests == 1 else 0.03)
+    )
+    searched: list[int] = []
+    search = Searcher.search
+    monkeypatch.setattr(
+        Searcher, "search", lambda self, *how: (searched.append(self.shape.width), search(self, *how))[1]
+    )
+
+    proposer.narrow({1: 1.0, SEVERAL: 2.0}.__getitem__)
+
+    hidden, init_ids = inputs()
+    for num_requests in (1, BATCH):
+        proposer.search(hidden[:num_requests], init_ids[:num_requests], NO_FLOOR)
+    assert tuple(searched) == expected
+
+
+def test_what_only_one_request_is_served_with_is_all_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "auto"), most_requests=1)
+    proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
+    timed: list[int] = []
+    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: (timed.append(num_requests), 1.0)[1])
+
+    proposer.narrow(lambda num_rows: 1.0)
+
+    assert set(timed) == {1}
 
 
 @pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])

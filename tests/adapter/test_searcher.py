@@ -9,10 +9,9 @@ from torch import nn
 from vllm import SamplingParams
 
 from vllm_redrafter.adapter import foresight, int8, searcher
-from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.searcher import Searcher
-from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.core.beam_search import BeamShape, Candidates
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 
@@ -23,8 +22,7 @@ def make_searcher(length: int = LENGTH, width: int = 3, num_nodes: int = 7) -> S
     torch.manual_seed(0)
     drafter = ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, draft_vocab_size=DRAFTED, num_draft_layers=1)).eval()
     drafter.set_draft_vocabulary(torch.arange(DRAFTED) + 10)
-    options = ReDrafterOptions("unused", num_nodes, width, length, "auto")
-    return Searcher(drafter, torch.float32, nn.Embedding(VOCAB, HIDDEN), options)
+    return Searcher(drafter, torch.float32, nn.Embedding(VOCAB, HIDDEN), BeamShape(width, length), num_nodes)
 
 
 def compiled(monkeypatch: pytest.MonkeyPatch, num_requests: int, **shape: int) -> Searcher:
@@ -142,6 +140,34 @@ def test_a_compiled_search_may_be_short(length: int, monkeypatch: pytest.MonkeyP
     same(fast.search(*inputs(1), -math.inf), make_searcher(length).search(*inputs(1), -math.inf))
 
 
+def test_programs_of_many_engines_do_not_use_up_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    warnings: list[str] = []
+    monkeypatch.setattr(searcher.logger, "warning", lambda message, *args: warnings.append(message % args))
+
+    for width in (1, 2, 3):
+        make_searcher(width=width).compile(1)
+
+    assert warnings == []
+
+
+def test_a_search_that_does_not_compile_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make_searcher()
+    warnings: list[str] = []
+    monkeypatch.setattr(searcher.logger, "warning", lambda message, *args: warnings.append(message % args))
+
+    def refuse(*arguments: object) -> None:
+        raise torch._dynamo.exc.Unsupported("no such thing\nat line 3")
+
+    monkeypatch.setattr(searcher, "_compiled", lambda function: refuse)
+
+    found.compile(1)
+
+    same(found.search(*inputs(1), -math.inf), make_searcher().search(*inputs(1), -math.inf))
+    assert warnings == ["Drafts are searched for uncompiled, which takes longer: torch.compile says 'no such thing'"]
+
+
 def test_a_program_that_is_slower_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = make_searcher()
     told = iter([1.0, 1.0])
@@ -152,14 +178,51 @@ def test_a_program_that_is_slower_is_not_kept(monkeypatch: pytest.MonkeyPatch) -
     assert found._programs == {}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "most_seconds", "expected"),
+    [
+        ((1.0, 1.2, 1.4, 3.0), 5.0, 4),
+        ((1.0, 1.2, 1.4, 3.0), 0.5, 3),
+        ((1.0, 1.2, 1.4, 3.0), 0.1, 1),
+        # a clock may have it that fewer beams take longer
+        ((1.0, 2.0, 1.4, 0.9), 0.5, 4),
+        ((1.0, 2.0, 1.4, 3.0), 0.5, 3),
+    ],
+)
+def test_beams_are_searched_while_they_take_little_longer_than_one(
+    seconds: tuple[float, ...], most_seconds: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+
+    def told(searcher: Searcher, num_requests: int) -> float:
+        timed.append(num_requests)
+        return seconds[searcher.shape.width - 1]
+
+    monkeypatch.setattr(Searcher, "seconds", told)
+
+    assert make_searcher(width=4).narrowed(3, most_seconds).shape == (expected, LENGTH)
+    assert timed == [3] * 4
+
+
+def test_one_beam_still_makes_a_tree_of_as_many_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = make_searcher()
+    monkeypatch.setattr(Searcher, "seconds", lambda searcher, num_requests: float(searcher.shape.width))
+
+    found = wide.narrowed(1, 0.0).search(*inputs(1), -math.inf)
+
+    assert found.token_ids.shape == (1, LENGTH * 7)
+    assert found.parents.tolist() == [[depth * 7 - 7 if depth else -1 for depth in range(LENGTH) for _ in range(7)]]
+    # the first depth knows but one beam
+    same(Candidates(*(column[:, :7] for column in found)), Candidates(*(column[:, :7] for column in search_of(wide))))
+
+
+def search_of(searcher: Searcher) -> Candidates:
+    return searcher.search(*inputs(1), -math.inf)
+
+
 def test_times_are_measured_on_the_drafter_at_hand() -> None:
     found = make_searcher()
-    small = Searcher(
-        int8.quantized(found.drafter),
-        torch.bfloat16,
-        nn.Embedding(VOCAB, HIDDEN),
-        ReDrafterOptions("", 7, 3, 5, "auto"),
-    )
+    small = Searcher(int8.quantized(found.drafter), torch.bfloat16, nn.Embedding(VOCAB, HIDDEN), found.shape, 7)
 
     for each in (found, small):
         assert 0 < each.seconds(1) < 10

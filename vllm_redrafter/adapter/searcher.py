@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from vllm.logger import init_logger
 
-from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.core import beam_search
-from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, Candidates
+from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
+
+logger = init_logger(f"vllm.{__name__}")
 
 SEVERAL = 4
 """Requests that stand for all batches of more than one, where something is timed."""
@@ -36,15 +38,18 @@ class Searcher:
 
     Args:
         dtype: what the drafter computes in.
+        num_candidates: kept per depth; with one beam, 1 makes a chain, and more a tree along one path.
     """
 
-    def __init__(self, drafter: ReDrafter, dtype: torch.dtype, embed: Embed, options: ReDrafterOptions) -> None:
+    def __init__(
+        self, drafter: ReDrafter, dtype: torch.dtype, embed: Embed, shape: BeamShape, num_candidates: int
+    ) -> None:
         self.drafter = drafter
+        self.shape = shape
         self._dtype = dtype
-        self._length = options.draft_length
-        self._width = options.beam_width
-        num_candidates = options.num_speculative_tokens if options.beam_width > 1 else 1
-        self._search = BeamSearch(drafter, embed, options.shape, num_candidates, SHARPNESS)
+        self._embed = embed
+        self._num_candidates = num_candidates
+        self._search = BeamSearch(drafter, embed, shape, num_candidates, SHARPNESS)
         self._programs: dict[bool, _Program] = {}  # by whether there is more than one request
         self._no_noise = torch.zeros(0)  # [most requests of a program, depths, head_size]
 
@@ -70,14 +75,20 @@ class Searcher:
         return self._search.run(hidden, init_ids, floor, foresight)
 
     def compile(self, num_requests: int) -> None:
-        """Search with a program of torch.compile for one request, or for several, if that is faster."""
+        """Search with a program of torch.compile for one request, or for several, if there is one and it is faster."""
         several = num_requests > 1
         eager_seconds = self.seconds(num_requests)
         most = max(len(self._no_noise), _MOST_TOGETHER if several else 1)
         with torch.inference_mode():  # what is searched with while serving must be no other kind of tensor
-            self._no_noise = torch.zeros(most, self._length, self.drafter.config.head_size)
-        self._programs[several] = _Program(self._search, self._length, is_dynamic=several)
-        if self.seconds(num_requests) >= eager_seconds:
+            self._no_noise = torch.zeros(most, self.shape.length, self.drafter.config.head_size)
+        self._programs[several] = _Program(self._search, self.shape.length, is_dynamic=several)
+        try:
+            is_faster = self.seconds(num_requests) < eager_seconds
+        except RuntimeError as error:  # torch's compilers raise many kinds of it
+            is_faster = False
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("Drafts are searched for uncompiled, which takes longer: torch.compile says %r", reason)
+        if not is_faster:
             del self._programs[several]
 
     @torch.inference_mode()  # as while serving: code for other tensors would not be used there
@@ -90,9 +101,25 @@ class Searcher:
     @torch.inference_mode()
     def scoring_seconds(self, num_requests: int) -> float:
         """Return the time of the products of one depth, the drafter's weights cold."""
-        hidden = torch.zeros(num_requests * self._width, self.drafter.config.input_size, dtype=self._dtype)
+        hidden = torch.zeros(num_requests * self.shape.width, self.drafter.config.input_size, dtype=self._dtype)
         state = self.drafter.start(hidden)
         return _median_seconds(lambda: self.drafter.logits(state))
+
+    def narrowed(self, num_requests: int, most_seconds: float) -> Searcher:
+        """Return the widest search, up to this one's width, that takes at most so much longer than one of one beam.
+
+        Nothing is compiled, neither what is compared nor what is returned.
+        """
+        widths = range(1, self.shape.width + 1)
+        searchers = [
+            Searcher(self.drafter, self._dtype, self._embed, self.shape._replace(width=width), self._num_candidates)
+            for width in widths
+        ]
+        seconds = [searcher.seconds(num_requests) for searcher in searchers]
+        return max(
+            (searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= seconds[0] + most_seconds),
+            key=lambda searcher: searcher.shape.width,
+        )
 
 
 class _Program:
@@ -157,8 +184,9 @@ def _extended(
 
 
 def _compiled(function: Callable[..., tuple[Candidates, Beams]]) -> Callable[..., tuple[Candidates, Beams]]:
-    # a wrapper in Python would be half of what is to be saved
-    return torch.compile(function, fullgraph=True, options={"cpp_wrapper": True})
+    # a wrapper in Python would be half of what is to be saved; without isolation, all engines that a process has had
+    # share one limit of recompilations
+    return torch.compile(function, fullgraph=True, options={"cpp_wrapper": True}, isolate_recompiles=True)
 
 
 def _median_seconds(function: Callable[[], object]) -> float:
