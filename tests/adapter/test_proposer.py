@@ -282,6 +282,24 @@ def test_loading_says_what_was_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
     assert messages == [f"Loaded the drafter {tmp_path} (0.0M parameters, torch.float32)"]
 
 
+def held_in(searcher: Searcher) -> torch.dtype:
+    dtype: torch.dtype = searcher.drafter.rnn_u.weight.dtype
+    return dtype
+
+
+def searchers_used(proposer: ReDrafterProposer, monkeypatch: pytest.MonkeyPatch) -> list[Searcher]:
+    """Return what searches for one request and for several."""
+    hidden, init_ids = inputs()
+    used: list[Searcher] = []
+    search = Searcher.search
+    with monkeypatch.context() as patch:
+        patch.setattr(Searcher, "search", lambda self, *how: (used.append(self), search(self, *how))[1])
+        for num_requests in (1, BATCH):
+            found = proposer.search(hidden[:num_requests], init_ids[:num_requests], NO_FLOOR)
+            assert found.log_probs.dtype == torch.float32
+    return used
+
+
 @pytest.mark.parametrize(
     ("fastest", "num_ranks", "expected"),
     [
@@ -299,28 +317,38 @@ def test_a_large_drafter_is_held_in_what_is_fastest_for_one_request_and_for_seve
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def held_in(searcher: Searcher) -> torch.dtype:
-        dtype: torch.dtype = searcher.drafter.rnn_u.weight.dtype
-        return dtype
-
-    def scoring_seconds(searcher: Searcher, num_requests: int) -> float:
-        return 2.0 - (held_in(searcher) == (fastest if num_requests == 1 else torch.bfloat16))
-
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(Searcher, "scoring_seconds", scoring_seconds)
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: 1.0)
+    monkeypatch.setattr(
+        Searcher,
+        "seconds",
+        lambda searcher, num_requests: 2.0 - (held_in(searcher) == (fastest if num_requests == 1 else torch.bfloat16)),
+    )
     proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+    proposer.tune(None)
 
-    hidden, init_ids = inputs()
-    searched: list[torch.dtype] = []
-    search = Searcher.search
-    monkeypatch.setattr(Searcher, "search", lambda self, *how: (searched.append(held_in(self)), search(self, *how))[1])
-    for num_requests in (1, BATCH):
-        found = proposer.search(hidden[:num_requests], init_ids[:num_requests], NO_FLOOR)
-        assert found.log_probs.dtype == torch.float32
-    assert searched == [expected, torch.bfloat16 if num_ranks == 1 else torch.float32]
+    used = [held_in(searcher) for searcher in searchers_used(proposer, monkeypatch)]
+    assert used == [expected, torch.bfloat16 if num_ranks == 1 else torch.float32]
+
+
+def test_a_precision_whose_products_are_slow_is_not_tried_any_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: set[torch.dtype] = set()
+    scoring = {torch.float32: 1.4, torch.bfloat16: 1.6, torch.int8: 1.0}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(proposer_module, "_LARGE", 0)
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: scoring[held_in(searcher)])
+    monkeypatch.setattr(Searcher, "seconds", lambda searcher, num_requests: (timed.add(held_in(searcher)), 1.0)[1])
+    proposer = proposer_of(stored(tmp_path))
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+
+    proposer.tune(None)
+
+    assert timed == {torch.float32, torch.int8}
 
 
 @pytest.mark.parametrize(
@@ -346,7 +374,7 @@ def test_searches_are_compiled_where_the_target_is_too(
     proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode, most_requests=most_requests)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    proposer.compile()
+    proposer.tune(None)
 
     assert compiled == expected
 
@@ -369,33 +397,44 @@ def test_beams_that_take_more_than_they_bring_are_not_searched(
 ) -> None:
     proposer = proposer_of(ReDrafterOptions("unused", num_nodes, width, 4, "auto"), num_ranks=num_ranks)
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval(), nn.Embedding(VOCAB, HIDDEN))
-    # a beam more takes a hundredth of a pass with one row; with several requests, thrice that of one twice as long
+    # a beam more takes a hundredth of a pass for one request, and three hundredths of one twice as long for several
     monkeypatch.setattr(
         Searcher, "seconds", lambda self, num_requests: self.shape.width * (0.01 if num_requests == 1 else 0.03)
     )
-    searched: list[int] = []
-    search = Searcher.search
-    monkeypatch.setattr(
-        Searcher, "search", lambda self, *how: (searched.append(self.shape.width), search(self, *how))[1]
-    )
 
-    proposer.narrow({1: 1.0, SEVERAL: 2.0}.__getitem__)
+    proposer.tune({1: 1.0, SEVERAL: 2.0}.__getitem__)
 
-    hidden, init_ids = inputs()
-    for num_requests in (1, BATCH):
-        proposer.search(hidden[:num_requests], init_ids[:num_requests], NO_FLOOR)
-    assert tuple(searched) == expected
+    assert tuple(searcher.shape.width for searcher in searchers_used(proposer, monkeypatch)) == expected
 
 
-def test_what_only_one_request_is_served_with_is_all_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_is_searched_where_the_budget_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = loaded(width=4)
+    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: float(self.shape.width))
+
+    proposer.tune(None)
+
+    assert [searcher.shape.width for searcher in searchers_used(proposer, monkeypatch)] == [4, 4]
+
+
+def test_only_one_request_is_timed_where_there_is_never_more(monkeypatch: pytest.MonkeyPatch) -> None:
     proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "auto"), most_requests=1)
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
     timed: list[int] = []
     monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: (timed.append(num_requests), 1.0)[1])
 
-    proposer.narrow(lambda num_rows: 1.0)
+    proposer.tune(lambda num_rows: 1.0)
 
     assert set(timed) == {1}
+
+
+def test_what_was_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(proposer_module.logger, "info", lambda message, *args: messages.append(message % args))
+
+    loaded(width=3, length=4).tune(None)
+
+    how = "3 x 4 tokens, weights in 32 bits, uncompiled"
+    assert messages == [f"Drafting for one request: {how}; for several: {how}"]
 
 
 @pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])

@@ -25,6 +25,9 @@ logger = init_logger(f"vllm.{__name__}")
 _LARGE = 1_000_000
 """Parameters above which a drafter no longer stays in a core's cache between steps."""
 
+_SHORTLISTED = 1.5
+"""A precision whose products take so many times as long as the quickest one's is not tried any further."""
+
 _WORTH_OF_BEAMS = 0.0025
 """Part of a step's tokens, per node of the budget, that beams beside the first bring: on stories, the best 8 nodes of
 one beam hold 3% fewer tokens than those of four, the best 16 hold 8%, the best 32 hold 11%; the best 4 hold as many."""
@@ -49,9 +52,12 @@ class ReDrafterProposer:
         """Load the drafter and borrow the target's embedding, and its head where the drafter is tied to it."""
         drafter, embed, num_parameters = loading.load_beside(target, Path(self.options.model), self.dtype)
         self.hold(drafter, embed)
-        can_choose = self.has_one_rank and self.dtype != torch.bfloat16
-        if num_parameters > _LARGE and can_choose and torch.cpu._is_avx512_bf16_supported():
-            self._choose_precision()
+        is_large = num_parameters > _LARGE and self.dtype != torch.bfloat16
+        if is_large and self.has_one_rank and torch.cpu._is_avx512_bf16_supported():
+            self._copies += [
+                self._searcher(copy.deepcopy(drafter).to(torch.bfloat16), torch.bfloat16),
+                self._searcher(int8.quantized(drafter), torch.bfloat16),
+            ]
         logger.info(
             "Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, num_parameters / 1e6, self.dtype
         )
@@ -61,48 +67,41 @@ class ReDrafterProposer:
         self.drafter, self.embed = drafter, embed
         self.drafted_ids = drafter.drafted_ids(torch.device("cpu"))
         self._for_one = self._for_several = self._searcher(drafter, self.dtype)
+        self._copies = [self._for_one]
 
-    def narrow(self, step_seconds: Callable[[int], float]) -> None:
-        """Search fewer beams than asked for where the others cost more time than their tokens are worth.
+    def tune(self, step_seconds: Callable[[int], float] | None) -> None:
+        """Choose how to search by what is fastest here: the weights' precision, beams, compiled or not.
 
-        With more than one rank they are all searched: ranks that choose differently draft differently.
+        What rounding and fewer beams lose is acceptance, never output. With more than one rank nothing is chosen: ranks
+        that choose differently draft differently, and what is compiled may round differently.
 
         Args:
-            step_seconds: the target's time for so many rows.
+            step_seconds: the target's time for so many rows, with which fewer beams than asked for may be searched;
+                None where it must be as many.
         """
-        width = self.options.beam_width
-        if width == 1 or not self.has_one_rank:
+        if not self.has_one_rank:
             return
-        worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens
-        self._for_one = self._for_one.narrowed(1, worth * step_seconds(1))
-        if self.is_for_several:
-            self._for_several = self._for_several.narrowed(SEVERAL, worth * step_seconds(SEVERAL))
-        widths = self._for_one.shape.width, self._for_several.shape.width
-        logger.info("Beams searched of the %d asked for: %d for one request, %d for several", width, *widths)
+        self._for_one = self._tuned(1, step_seconds)
+        self._for_several = self._tuned(SEVERAL, step_seconds) if self.is_for_several else self._for_one
+        self._copies = []
+        logger.info("Drafting for one request: %s; for several: %s", self._for_one, self._for_several)
 
-    def compile(self) -> None:
-        """Compile the searches where the target is compiled too.
-
-        With more than one rank nothing is compiled: what is rounded otherwise may be drafted otherwise.
-        """
-        if self.is_compiling and self.has_one_rank:
-            self._for_one.compile(1)
-            if self.is_for_several:
-                self._for_several.compile(SEVERAL)
-
-    def _choose_precision(self) -> None:
-        """Hold the drafter's weights in 32, 16 or 8 bits, whichever is fastest: less to read is not always quicker.
-
-        For one request and for several that may be two, and so are the copies then. What rounding loses is acceptance,
-        never output. With more than one rank the choice is not taken: ranks that choose differently draft differently.
-        """
-        copies = [
-            self._for_one,
-            self._searcher(copy.deepcopy(self.drafter).to(torch.bfloat16), torch.bfloat16),
-            self._searcher(int8.quantized(self.drafter), torch.bfloat16),
-        ]
-        self._for_one = min(copies, key=lambda searcher: searcher.scoring_seconds(1))
-        self._for_several = min(copies, key=lambda searcher: searcher.scoring_seconds(SEVERAL))
+    def _tuned(self, num_requests: int, step_seconds: Callable[[int], float] | None) -> Searcher:
+        searchers = self._copies
+        if len(searchers) > 1:
+            # less to read is not always quicker
+            seconds = [searcher.scoring_seconds(num_requests) for searcher in searchers]
+            limit = _SHORTLISTED * min(seconds)
+            searchers = [searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= limit]
+        if step_seconds is not None and self.options.beam_width > 1:
+            worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds(num_requests)
+            searchers = [searcher.narrowed(num_requests, worth) for searcher in searchers]
+        if self.is_compiling:
+            for searcher in searchers:
+                searcher.compile(num_requests)
+        if len(searchers) == 1:
+            return searchers[0]
+        return min(searchers, key=lambda searcher: searcher.seconds(num_requests))
 
     def _searcher(self, drafter: ReDrafter, dtype: torch.dtype) -> Searcher:
         shape = self.options.shape

@@ -74,14 +74,15 @@ class TreeModelRunner(CPUModelRunner):
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
-        """Measure forward passes where budgets are chosen from them, and compile the search that goes with them."""
+        """Measure forward passes where budgets are chosen from them, and let the drafter choose how to search."""
         options = self.drafter.options
-        if options.budget == "auto":
-            most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
-            times = step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
-            self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
-            self.drafter.narrow(lambda num_rows: float(times.at(np.array(float(num_rows)))))
-        self.drafter.compile()
+        if options.budget != "auto":
+            self.drafter.tune(None)
+            return
+        most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
+        times = step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
+        self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
+        self.drafter.tune(lambda num_rows: float(times.at(np.array(float(num_rows)))))
 
     def describe(self) -> dict[str, Any]:
         """Return the statistics, and what the budget has learnt."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from vllm.logger import init_logger
@@ -52,6 +53,12 @@ class Searcher:
         self._search = BeamSearch(drafter, embed, shape, num_candidates, SHARPNESS)
         self._programs: dict[bool, _Program] = {}  # by whether there is more than one request
         self._no_noise = torch.zeros(0)  # [most requests of a program, depths, head_size]
+
+    def __str__(self) -> str:
+        how = "compiled" if self._programs else "uncompiled"
+        tensors = itertools.chain(self.drafter.parameters(), self.drafter.buffers())
+        num_bytes = min((each.itemsize for each in tensors if each.ndim == 2), default=self._dtype.itemsize)
+        return f"{self.shape.width} x {self.shape.length} tokens, weights in {8 * num_bytes} bits, {how}"
 
     @torch.inference_mode()
     def search(
@@ -185,8 +192,10 @@ def _extended(
 
 def _compiled(function: Callable[..., tuple[Candidates, Beams]]) -> Callable[..., tuple[Candidates, Beams]]:
     # a wrapper in Python would be half of what is to be saved; without isolation, all engines that a process has had
-    # share one limit of recompilations
-    return torch.compile(function, fullgraph=True, options={"cpp_wrapper": True}, isolate_recompiles=True)
+    # share one limit of recompilations (torch's type stubs do not know of it)
+    how: dict[str, Any] = {"options": {"cpp_wrapper": True}, "isolate_recompiles": True}
+    compiled: Callable[..., tuple[Candidates, Beams]] = torch.compile(function, fullgraph=True, **how)
+    return compiled
 
 
 def _median_seconds(function: Callable[[], object]) -> float:
