@@ -382,14 +382,14 @@ def test_searches_are_compiled_where_the_target_is_too(
 @pytest.mark.parametrize(
     ("width", "num_nodes", "num_ranks", "expected"),
     [
-        (4, 8, 1, (3, 2)),
+        (3, 8, 1, (3, 1)),
         # the more nodes, the more beams bring
-        (4, 16, 1, (4, 3)),
-        (4, 1, 1, (1, 1)),
+        (3, 16, 1, (3, 3)),
+        (3, 4, 1, (1, 1)),
         # a chain was asked for
         (1, 8, 1, (1, 1)),
         # ranks must draft alike
-        (4, 8, 2, (4, 4)),
+        (3, 4, 2, (3, 3)),
     ],
 )
 def test_beams_that_take_more_than_they_bring_are_not_searched(

@@ -76,8 +76,8 @@ class ReDrafterProposer:
         that choose differently draft differently, and what is compiled may round differently.
 
         Args:
-            step_seconds: the target's time for so many rows, with which fewer beams than asked for may be searched;
-                None where it must be as many.
+            step_seconds: the target's time for so many rows: beside it, the beams asked for may cost more than they
+                bring, and one is searched; None where it must be all of them.
         """
         if not self.has_one_rank:
             return

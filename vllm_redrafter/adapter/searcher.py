@@ -113,20 +113,10 @@ class Searcher:
         return _median_seconds(lambda: self.drafter.logits(state))
 
     def narrowed(self, num_requests: int, most_seconds: float) -> Searcher:
-        """Return the widest search, up to this one's width, that takes at most so much longer than one of one beam.
-
-        Nothing is compiled, neither what is compared nor what is returned.
-        """
-        widths = range(1, self.shape.width + 1)
-        searchers = [
-            Searcher(self.drafter, self._dtype, self._embed, self.shape._replace(width=width), self._num_candidates)
-            for width in widths
-        ]
-        seconds = [searcher.seconds(num_requests) for searcher in searchers]
-        return max(
-            (searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= seconds[0] + most_seconds),
-            key=lambda searcher: searcher.shape.width,
-        )
+        """Return a search with one beam if all of them take more than so much longer, uncompiled; else this one."""
+        shape = self.shape._replace(width=1)
+        narrow = Searcher(self.drafter, self._dtype, self._embed, shape, self._num_candidates)
+        return narrow if self.seconds(num_requests) > narrow.seconds(num_requests) + most_seconds else self
 
 
 class _Program:
