@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,8 +35,15 @@ def random_times(rng: np.random.Generator) -> StepTimes:
     return StepTimes(rows, 5.0 + rng.exponential(size=8).cumsum() * rng.integers(0, 2, size=8))
 
 
+def choose(budget: Budget, log_probs: Floats, is_greedy: list[bool]) -> npt.NDArray[np.int64]:
+    """Return what is chosen where nothing but trees may be."""
+    choice = budget.choose(log_probs, np.full((len(log_probs), 1), -math.inf), is_greedy)
+    assert not choice.as_chains or not choice.num_nodes.any()
+    return choice.num_nodes
+
+
 def plain_step(seconds: float, batch_size: int = 1) -> StepRecord:
-    return StepRecord(batch_size, 0, seconds, None, seconds)
+    return StepRecord(batch_size, 0, False, seconds, None, seconds)
 
 
 # StepTimes
@@ -154,7 +162,7 @@ def test_the_choice_yields_the_most_tokens_per_second_of_all_choices(seed: int, 
         tokens = batch_size + sum(chances[row, :share].sum() for row, share in enumerate(shares))
         return float(tokens / times.at(np.array(float(batch_size + sum(shares)))))
 
-    chosen = budget.choose(log_probs, [False] * batch_size)
+    chosen = choose(budget, log_probs, [False] * batch_size)
 
     sizes = np.isfinite(log_probs[:, :most]).sum(axis=1)
     assert (chosen <= sizes).all()
@@ -165,18 +173,18 @@ def test_the_choice_yields_the_most_tokens_per_second_of_all_choices(seed: int, 
 def test_rows_that_cost_nothing_are_all_used_and_rows_that_cost_a_step_are_not() -> None:
     log_probs = np.log(np.array([[0.9, 0.5, 0.2, 0.01], [0.4, 0.1, 0.05, 0.001]]))
 
-    assert Budget(FREE, 63).choose(log_probs, [True, True]).tolist() == [4, 4]
-    assert Budget(PER_ROW, 63).choose(log_probs, [True, True]).tolist() == [0, 0]
+    assert choose(Budget(FREE, 63), log_probs, [True, True]).tolist() == [4, 4]
+    assert choose(Budget(PER_ROW, 63), log_probs, [True, True]).tolist() == [0, 0]
 
 
 def test_no_request_gets_more_nodes_than_the_user_allows() -> None:
-    assert Budget(FREE, 2).choose(np.log(np.full((3, 5), 0.5)), [True] * 3).tolist() == [2, 2, 2]
+    assert choose(Budget(FREE, 2), np.log(np.full((3, 5), 0.5)), [True] * 3).tolist() == [2, 2, 2]
 
 
 def test_the_request_with_the_surer_tree_gets_more_nodes() -> None:
     sure, unsure = [-0.05, -0.1, -0.2, -0.3], [-1.5, -2.5, -3.5, -5.0]
 
-    shares = Budget(TYPICAL, 63).choose(np.array([unsure, sure]), [True, True])
+    shares = choose(Budget(TYPICAL, 63), np.array([unsure, sure]), [True, True])
 
     assert shares[1] > shares[0]
     assert shares[1] == 4
@@ -189,8 +197,8 @@ def test_the_same_drafter_is_judged_apart_for_greedy_and_for_sampled_requests() 
         budget.observe_acceptance(log_probs[0], np.ones(6, dtype=np.bool_), True)
         budget.observe_acceptance(log_probs[0], np.zeros(6, dtype=np.bool_), False)
 
-    assert budget.choose(log_probs, [True]).tolist() == [6]
-    assert budget.choose(log_probs, [False]).tolist() == [0]
+    assert choose(budget, log_probs, [True]).tolist() == [6]
+    assert choose(budget, log_probs, [False]).tolist() == [0]
 
 
 def test_slower_passes_than_measured_at_start_shrink_the_budget() -> None:
@@ -199,9 +207,9 @@ def test_slower_passes_than_measured_at_start_shrink_the_budget() -> None:
     for _ in range(15):
         expected = float(TYPICAL.at(np.array(5.0)))
         # the same passes, but much time goes elsewhere: then a few rows more hardly matter
-        busy.observe_step(StepRecord(1, 4, expected, None, expected + 200.0))
+        busy.observe_step(StepRecord(1, 4, True, expected, None, expected + 200.0))
 
-    assert busy.choose(log_probs, [True])[0] > fresh.choose(log_probs, [True])[0]
+    assert choose(busy, log_probs, [True])[0] > choose(fresh, log_probs, [True])[0]
 
 
 # the floor of the search
@@ -210,14 +218,56 @@ def test_slower_passes_than_measured_at_start_shrink_the_budget() -> None:
 def test_passes_with_as_many_nodes_tell_what_those_nodes_cost() -> None:
     budget = Budget(FREE, max_nodes=8)
     log_probs = np.log(np.full((1, 8), 0.5))
-    assert budget.choose(log_probs, [True]).tolist() == [8]
+    assert choose(budget, log_probs, [True]).tolist() == [8]
 
     for num_nodes in range(1, 9):
         for _ in range(3):
             # rows are free, as at start, but from the fourth node on there is something else to pay
-            budget.observe_step(StepRecord(1, num_nodes, 1.0 if num_nodes < 4 else 4.0, 0.0, 4.0))
+            budget.observe_step(StepRecord(1, num_nodes, True, 1.0 if num_nodes < 4 else 4.0, 0.0, 4.0))
 
-    assert budget.choose(log_probs, [True]).tolist() == [3]
+    assert choose(budget, log_probs, [True]).tolist() == [3]
+
+
+TREES, CHAINS = np.log(np.array([[0.6, 0.5, 0.2]])), np.log(np.array([[0.6, 0.2]]))
+
+
+def used_budget(*steps: tuple[int, bool, float]) -> Budget:
+    """Return a budget that has seen passes: number of nodes, whether they branched, seconds, for 1 expected."""
+    budget = Budget(FREE, 8)
+    for num_nodes, has_branches, seconds in steps:
+        for _ in range(15):
+            budget.observe_step(StepRecord(1, num_nodes, has_branches, seconds, 0.0, seconds))
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("tree_seconds", "chain_seconds", "expected"),
+    [(1.0, 1.0, ([3], False)), (1.2, 1.0, ([3], False)), (1.4, 1.0, ([2], True)), (1.4, 1.2, ([3], False))],
+)
+def test_branches_are_verified_where_they_are_worth_what_they_cost(
+    tree_seconds: float, chain_seconds: float, expected: tuple[list[int], bool]
+) -> None:
+    budget = used_budget((3, True, tree_seconds), (2, False, chain_seconds))
+
+    choice = budget.choose(TREES, CHAINS, [True])
+
+    assert (choice.num_nodes.tolist(), choice.as_chains) == expected
+
+
+def test_as_good_a_chain_is_taken_for_the_tree() -> None:
+    assert Budget(FREE, 8).choose(CHAINS, CHAINS, [True]).as_chains
+
+
+def test_what_has_not_been_verified_for_long_is_tried_again() -> None:
+    budget = used_budget((3, True, 5.0))
+    chain = StepRecord(1, 2, False, 1.0, 0.0, 1.0)
+    for _ in range(255):
+        budget.observe_step(chain)
+    assert budget.choose(TREES, CHAINS, [True]).as_chains
+
+    budget.observe_step(chain)
+
+    assert not budget.choose(TREES, CHAINS, [True]).as_chains
 
 
 @settings(max_examples=200, deadline=None)
@@ -230,7 +280,7 @@ def test_the_floor_cuts_no_node_that_would_be_chosen_again(seed: int, batch_size
     log_probs = random_log_probs(rng, batch_size, most)
     is_greedy = (rng.random(batch_size) < 0.5).tolist()
 
-    chosen = budget.choose(log_probs, is_greedy)
+    chosen = choose(budget, log_probs, is_greedy)
     floor = budget.floor(batch_size)
 
     assert all((log_probs[row, :share] > floor).all() for row, share in enumerate(chosen))
@@ -242,7 +292,7 @@ def test_before_anything_was_chosen_the_search_has_no_floor() -> None:
 
 def test_where_rows_are_dear_the_search_ends_early() -> None:
     budget = Budget(TYPICAL, 8)
-    budget.choose(np.log(np.array([[0.6, 0.3, 0.1, 0.05]])), [True])
+    choose(budget, np.log(np.array([[0.6, 0.3, 0.1, 0.05]])), [True])
 
     assert -math.inf < budget.floor(1) < 0.0
 
@@ -255,7 +305,7 @@ def drafts_until_pause(budget: Budget, log_probs: Floats) -> int:
     for count in range(1000):
         if not budget.should_draft(len(log_probs)):
             return count
-        budget.choose(log_probs, [True] * len(log_probs))
+        choose(budget, log_probs, [True] * len(log_probs))
     raise AssertionError("drafting never paused")
 
 
@@ -271,7 +321,7 @@ def losing_budget() -> Budget:
     """Return a budget that has seen what makes drafting lose: rows that cost a step, and time spent on drafting."""
     budget = Budget(PER_ROW, 8)
     for _ in range(15):
-        budget.observe_step(StepRecord(1, 2, 3.0, 0.5, 3.5))
+        budget.observe_step(StepRecord(1, 2, True, 3.0, 0.5, 3.5))
         budget.observe_step(plain_step(1.0))
     return budget
 
@@ -285,7 +335,7 @@ def test_drafting_pauses_when_it_does_not_pay_and_pauses_double_up_to_a_limit(mo
     lengths = []
     for _ in range(12):
         lengths.append(pause_length(budget, 1))
-        budget.choose(log_probs, [True])  # the trial decides alone
+        choose(budget, log_probs, [True])  # the trial decides alone
         assert not budget.should_draft(1)
 
     longest = budget_module._LONGEST_PAUSE
@@ -314,11 +364,11 @@ def test_a_promise_that_may_be_mistaken_or_not_be_kept_is_no_reason_to_draft(
     log_prob = -0.75
     draft_seconds = (1 + math.exp(log_prob)) / promise - 1
     for _ in range(20):
-        budget.observe_step(StepRecord(batch_size, batch_size, 1.0, draft_seconds, 1.0 + draft_seconds))
+        budget.observe_step(StepRecord(batch_size, batch_size, True, 1.0, draft_seconds, 1.0 + draft_seconds))
         budget.observe_step(plain_step(1.0, batch_size))
     budget.load(batch_size).on_trial = True  # the next choice decides alone
 
-    budget.choose(np.full((batch_size, 1), log_prob), [True] * batch_size)
+    choose(budget, np.full((batch_size, 1), log_prob), [True] * batch_size)
 
     assert budget.load(batch_size).gain == pytest.approx(promise)
     assert budget.should_draft(batch_size) is goes_on
@@ -330,14 +380,14 @@ def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
     drafts_until_pause(budget, hopeless)
     for _ in range(4):
         pause_length(budget, 1)
-        budget.choose(hopeless, [True])
+        choose(budget, hopeless, [True])
         assert not budget.should_draft(1)
     pause_length(budget, 1)
     assert budget.load(1).next_pause == 32
     for _ in range(100):  # meanwhile drafting has become cheap
-        budget.observe_step(StepRecord(1, 4, 1.0, 0.01, 1.01))
+        budget.observe_step(StepRecord(1, 4, True, 1.0, 0.01, 1.01))
 
-    budget.choose(certain, [True])
+    choose(budget, certain, [True])
 
     assert budget.load(1).gain > 1.0
     assert budget.load(1).next_pause == 1
@@ -347,7 +397,7 @@ def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
 def test_one_bad_promise_outside_a_trial_does_not_stop_drafting() -> None:
     budget = losing_budget()
     budget.load(1).gain = 1.5
-    budget.choose(np.log(np.array([[0.3, 0.1]])), [True])
+    choose(budget, np.log(np.array([[0.3, 0.1]])), [True])
 
     assert budget.should_draft(1)
 
@@ -369,7 +419,7 @@ def test_plain_steps_are_measured_soon_after_the_start_and_now_and_then_afterwar
     for _ in range(1100):
         drafted.append(budget.should_draft(1))
         if drafted[-1]:
-            budget.choose(log_probs, [True])
+            choose(budget, log_probs, [True])
 
     skipped = [step for step, each in enumerate(drafted) if not each]
     # two in a row: the step between them has neither drafts nor drafting
@@ -382,7 +432,7 @@ def hopeful_budget(*plain_seconds: float) -> Budget:
     """Return a budget that has seen drafts of 1.1 seconds, of which 0.1 are drafting, and plain steps."""
     budget = Budget(FREE, 8)
     for _ in range(15):
-        budget.observe_step(StepRecord(1, 1, 1.0, 0.1, 1.1))
+        budget.observe_step(StepRecord(1, 1, True, 1.0, 0.1, 1.1))
     for seconds in plain_seconds:
         budget.observe_step(plain_step(seconds))
     return budget
@@ -407,7 +457,7 @@ def test_one_slow_plain_step_does_not_make_drafts_look_good(plain_seconds: tuple
     budget.load(1).on_trial = True  # the next choice decides alone
     log_prob = -0.75
 
-    budget.choose(np.array([[log_prob]]), [True])
+    choose(budget, np.array([[log_prob]]), [True])
 
     assert budget.load(1).gain == pytest.approx((1 + math.exp(log_prob)) / 1.1 * expected)
 
@@ -415,11 +465,11 @@ def test_one_slow_plain_step_does_not_make_drafts_look_good(plain_seconds: tuple
 def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_ones_take() -> None:
     budget = Budget(FREE, 8)
     for _ in range(15):
-        budget.observe_step(StepRecord(1, 1, 1.0, 0.1, 1.6))
-        budget.observe_step(StepRecord(1, 0, 1.0, None, 1.2))
+        budget.observe_step(StepRecord(1, 1, True, 1.0, 0.1, 1.6))
+        budget.observe_step(StepRecord(1, 0, False, 1.0, None, 1.2))
     budget.load(1).on_trial = True  # the next choice decides alone
 
-    budget.choose(np.array([[-0.75]]), [True])
+    choose(budget, np.array([[-0.75]]), [True])
 
     assert budget.load(1).gain == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.2)
 
@@ -427,13 +477,14 @@ def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_on
 def test_what_was_learnt_is_reported_by_load() -> None:
     budget = Budget(TYPICAL, 8)
     budget.observe_step(plain_step(20.0, batch_size=3))
-    budget.choose(np.log(np.array([[0.9, 0.8]])), [True])
+    choose(budget, np.log(np.array([[0.9, 0.8]])), [True])
 
     report = budget.as_dict()
 
     assert set(report) == {"<2", "<4"}
     assert report["<4"]["plain_ratio"] == pytest.approx(20.0 / float(TYPICAL.at(np.array(3.0))))
     assert report["<2"]["gain"] > 1.0
+    assert (report["<4"]["chain_ratio"], report["<4"]["tree_ratio"]) == (1.0, 1.0)
     assert math.isnan(report["<4"]["draft_ms"])
     # vLLM's messages between processes carry plain numbers only
     assert {type(value) for record in report.values() for value in record.values()} == {float}

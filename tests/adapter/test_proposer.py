@@ -351,6 +351,23 @@ def test_a_precision_whose_products_are_slow_is_not_tried_any_further(
     assert timed == {torch.float32, torch.int8}
 
 
+@pytest.mark.parametrize(("saved", "expected"), [(0.03, torch.int8), (0.01, torch.float32)])
+def test_weights_are_rounded_where_that_saves_more_than_it_costs(
+    saved: float, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {torch.float32: 0.5, torch.bfloat16: 0.6, torch.int8: 0.5 - saved}
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(proposer_module, "_LARGE", 0)
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: 1.0)
+    monkeypatch.setattr(Searcher, "seconds", lambda searcher, num_requests: seconds[held_in(searcher)])
+    proposer = proposer_of(stored(tmp_path))
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+
+    proposer.tune(lambda num_rows: 1.0)
+
+    assert {held_in(searcher) for searcher in searchers_used(proposer, monkeypatch)} == {expected}
+
+
 @pytest.mark.parametrize(
     ("mode", "num_ranks", "most_requests", "expected"),
     [

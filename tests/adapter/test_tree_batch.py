@@ -8,9 +8,19 @@ from hypothesis import strategies as st
 from tests.adapter.trees import draft_tree, prefixes, random_tree, tree_of
 from tests.core.naive import Prefix
 from vllm_redrafter.adapter.attention import Segment
-from vllm_redrafter.adapter.tree_batch import DraftTree, assemble, best_tree, chain_of, path_segments, path_to
+from vllm_redrafter.adapter.tree_batch import (
+    DraftTree,
+    assemble,
+    best_paths,
+    best_tree,
+    chain_of,
+    path_segments,
+    path_to,
+)
 from vllm_redrafter.core import token_tree
-from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.core.beam_search import BeamShape, Candidates, search
+from vllm_redrafter.core.config import ReDrafterConfig
+from vllm_redrafter.core.drafter import ReDrafter
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -175,6 +185,39 @@ def test_the_best_tree_is_the_cores(seed: int, num_nodes: int) -> None:
     tree = best_tree(*(column[0].tolist() for column in candidates), num_nodes)
 
     assert tree == draft_tree(token_tree.best_nodes(torch.tensor([0]), candidates, num_nodes))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 6))
+def test_the_best_path_leads_from_best_child_to_best_child(seed: int, batch: int, width: int, num_nodes: int) -> None:
+    torch.manual_seed(seed)
+    drafter = ReDrafter(ReDrafterConfig(8, 12, num_draft_layers=1))
+    with torch.inference_mode():
+        inputs = torch.randn(batch, 8), torch.zeros(batch, dtype=torch.int64)
+        candidates = search(drafter, torch.nn.Embedding(12, 8), *inputs, BeamShape(width, 4), 5)
+
+    paths = best_paths(candidates)
+
+    assert torch.equal(paths.token_ids, candidates.token_ids)
+    assert torch.equal(paths.parents, candidates.parents)
+    for tokens, parents, log_probs, kept in zip(
+        *(each.tolist() for each in candidates), paths.log_probs.tolist(), strict=True
+    ):
+        node, path = -1, []
+        while children := [place for place, parent in enumerate(parents) if parent == node]:
+            node = max(children, key=log_probs.__getitem__)
+            path.append(node)
+        assert [place for place, log_prob in enumerate(kept) if log_prob > -np.inf] == path
+        assert best_tree(tokens, parents, kept, num_nodes).token_ids == [tokens[place] for place in path[:num_nodes]]
+
+
+def test_a_path_may_end_where_that_of_another_request_goes_on() -> None:
+    parents = torch.tensor([[-1, -1, 0, 0], [-1, -1, 1, 1]])
+    log_probs = torch.tensor([[-0.1, -0.5, -0.3, -0.4], [-0.1, -0.5, -0.7, -0.9]])
+
+    found = best_paths(Candidates(torch.zeros_like(parents), parents, log_probs)).log_probs
+
+    assert found.isfinite().tolist() == [[True, False, True, False], [True, False, False, False]]
 
 
 @settings(max_examples=60, deadline=None)

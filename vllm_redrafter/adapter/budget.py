@@ -8,8 +8,9 @@ batch's nodes sorted by p, verifying the best k of them yields
 tokens per second. The k where that is highest is the budget of the whole batch, and how it is shared among the
 requests follows from the sorting. The p come from the drafter's own log-probabilities, corrected by what was accepted
 so far (`Calibration`); the times come from forward passes measured at start, corrected by the steps served so far
-(`Load`). When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then; a
-large batch must gain more than a small one.
+(`Load`). Branches cost more than their rows, so the nodes of all best paths, sorted alike, compete with those of all
+trees. When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then; a large
+batch must gain more than a small one.
 """
 
 from __future__ import annotations
@@ -95,6 +96,44 @@ class Calibration:
         return self._rates
 
 
+class PassRatios:
+    """Seconds of forward passes over those expected from the passes at start, which know of rows alone.
+
+    What has not been seen is taken to cost as little as they say, so that it is tried.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._by_nodes: dict[int, deque[float]] = {}
+        self._num_unused = 0
+
+    def observe(self, num_nodes: int, ratio: float) -> None:
+        """Learn from a pass with so many nodes."""
+        self._num_unused = 0
+        if num_nodes:
+            self._recent.append(ratio)
+        self._by_nodes.setdefault(num_nodes, deque(maxlen=_WINDOW)).append(ratio)
+
+    def count_unused(self) -> None:
+        """Note a pass of the other kind; after many of them what is known of this one is out of date."""
+        self._num_unused += 1
+        if self._num_unused == _PLAIN_STEP_INTERVAL:
+            self._recent.clear()
+            self._by_nodes.clear()
+
+    def recent(self) -> float:
+        """Return that of the last passes with nodes, however many."""
+        return _median(self._recent, 1.0)
+
+    def up_to(self, num_nodes: int) -> Floats:
+        """Return those of passes with 0, 1, ..., `num_nodes` nodes, [1 + num_nodes]."""
+        ratios = np.full(1 + num_nodes, self.recent())
+        for count, seen in self._by_nodes.items():
+            if count <= num_nodes and len(seen) >= _ENOUGH_PASSES:
+                ratios[count] = median(seen)
+        return ratios
+
+
 class Load:
     """What steps cost and bring at one level of load.
 
@@ -104,11 +143,7 @@ class Load:
 
     def __init__(self, level: int) -> None:
         self.least_gain = _LEAST_GAIN + _LEAST_GAIN_PER_DOUBLING * level
-        self.ratios: dict[int, deque[float]] = {}
-        """Seconds of a forward pass over those expected from the passes at start, by its number of nodes: a node costs
-        more than its row, which is all that those know of."""
-        self.drafted_ratio: deque[float] = deque(maxlen=_WINDOW)
-        """The same of the last passes with nodes, however many."""
+        self.chains, self.trees = PassRatios(), PassRatios()
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
         """Scheduling, sampling and messages, where there are drafts: what is neither forward pass nor drafting."""
@@ -136,11 +171,29 @@ class StepRecord(NamedTuple):
     batch_size: int
     num_nodes: int
     """Nodes verified, summed over the batch."""
+    has_branches: bool
+    """Whether some of them are not on their request's first path."""
     forward_seconds: float
     draft_seconds: float | None
     """Drafting at its end; None where nothing was drafted."""
     total_seconds: float
     """From its start to the start of the next step."""
+
+
+class Choice(NamedTuple):
+    """What is verified next."""
+
+    num_nodes: npt.NDArray[np.int64]  # [batch]
+    as_chains: bool
+    """Whether they are the first nodes of every request's best path; else the best ones of its tree."""
+
+
+class _Option(NamedTuple):
+    """The best that can be had of nodes of one kind."""
+
+    num_nodes: npt.NDArray[np.int64]  # [batch]
+    speed: float  # tokens per second
+    marginal_probability: float
 
 
 class Budget:
@@ -189,55 +242,69 @@ class Budget:
         probability = max(load.marginal_probability / 2, worth_a_depth)
         return min(calibration.log_prob_of(probability) for calibration in self._calibrations.values())
 
-    def choose(self, log_probs: Floats, is_greedy: Sequence[bool]) -> npt.NDArray[np.int64]:
-        """Return how many of every request's candidates to verify, [batch].
+    def choose(self, trees: Floats, chains: Floats, is_greedy: Sequence[bool]) -> Choice:
+        """Return how many nodes to verify of every request.
 
         Args:
-            log_probs: [batch, candidates], cumulative, descending in every row; -inf where there is none.
+            trees: [batch, candidates], cumulative log-probabilities, descending in every row; -inf where there is none.
+            chains: [batch, depths], those on every request's best path.
             is_greedy: by request.
         """
-        batch_size = len(log_probs)
-        kept = log_probs[:, : self._max_nodes]
-        chances = np.empty_like(kept)
-        for index, greedy in enumerate(is_greedy):
-            chances[index] = self._calibrations[greedy].probability(kept[index])
-        chances[np.isneginf(kept)] = 0.0
-        best_first = np.argsort(-chances, axis=None, kind="stable")
-        best_first = best_first[: np.count_nonzero(chances)]
-        sorted_chances = chances.ravel()[best_first]
-
-        load = self.load(batch_size)
-        tokens = batch_size + np.concatenate(([0.0], np.cumsum(sorted_chances)))
-        passes = self._times.at(batch_size + np.arange(len(tokens), dtype=np.float64))
-        other = _median(load.other_seconds, 0.0)
-        drafted_ratio = _median(load.drafted_ratio, 1.0)
-        ratios = np.full(len(passes), drafted_ratio)
-        for num_nodes, seen in load.ratios.items():
-            if num_nodes < len(ratios) and len(seen) >= _ENOUGH_PASSES:
-                ratios[num_nodes] = median(seen)
-        seconds = passes * ratios + other + _median(load.draft_seconds, 0.0)
-        speeds = tokens / seconds
-        count = int(np.argmax(speeds))
-        load.speed = float(speeds[count])
-        promise = load.speed * self._plain_seconds(load, float(passes[0]), drafted_ratio) / batch_size
+        load = self.load(len(trees))
+        flags = np.array(is_greedy)
+        as_trees, as_chains = (
+            self._best(log_probs[:, : self._max_nodes], flags, load, ratios)
+            for log_probs, ratios in ((trees, load.trees), (chains, load.chains))
+        )
+        best = as_chains if as_chains.speed >= as_trees.speed else as_trees
+        load.speed, load.marginal_probability = best.speed, best.marginal_probability
+        plain_seconds = self._plain_seconds(load, len(trees), load.chains if best is as_chains else load.trees)
+        promise = load.speed * plain_seconds / len(trees)
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
         load.on_trial = False
         if load.gain >= load.least_gain:
             load.next_pause = 1
+        return Choice(best.num_nodes, best is as_chains)
+
+    def _best(self, log_probs: Floats, is_greedy: npt.NDArray[np.bool_], load: Load, ratios: PassRatios) -> _Option:
+        """Return the best number of nodes of one kind."""
+        batch_size = len(log_probs)
+        chances = np.zeros_like(log_probs)
+        for greedy, calibration in self._calibrations.items():
+            if (is_greedy == greedy).any():
+                chances[is_greedy == greedy] = calibration.probability(log_probs[is_greedy == greedy])
+        chances[np.isneginf(log_probs)] = 0.0
+        best_first = np.argsort(-chances, axis=None, kind="stable")
+        best_first = best_first[: np.count_nonzero(chances)]
+        sorted_chances = chances.ravel()[best_first]
+
+        tokens = batch_size + np.concatenate(([0.0], np.cumsum(sorted_chances)))
+        passes = self._times.at(batch_size + np.arange(len(tokens), dtype=np.float64))
+        overhead = _median(load.other_seconds, 0.0) + _median(load.draft_seconds, 0.0)
+        seconds = passes * ratios.up_to(len(sorted_chances)) + overhead
+        speeds = tokens / seconds
+        count = int(np.argmax(speeds))
+        speed = float(speeds[count])
         steps = np.diff(seconds[max(count - 1, 0) : count + 2])
         # where times jump behind the last node, the ones before it have paid all the same
         last_chance = sorted_chances[count - 1] if count > 0 else math.inf
-        load.marginal_probability = float(min(load.speed * steps.max(initial=0.0), last_chance))
-        return np.bincount(best_first[:count] // kept.shape[1], minlength=batch_size)
+        marginal_probability = float(min(speed * steps.max(initial=0.0), last_chance))
+        num_nodes = np.bincount(best_first[:count] // log_probs.shape[1], minlength=batch_size)
+        return _Option(num_nodes, speed, marginal_probability)
 
-    def _plain_seconds(self, load: Load, pass_seconds: float, drafted_ratio: float) -> float:
-        """Return what a step of plain decoding takes whose forward pass is expected to take `pass_seconds`."""
+    def _plain_seconds(self, load: Load, batch_size: int, ratios: PassRatios) -> float:
+        """Return what a step of plain decoding takes.
+
+        Args:
+            ratios: what stands for those of its pass while it has not been seen.
+        """
+        expected = self._expected_seconds(batch_size)
         if len(load.plain_ratio) >= _ENOUGH_PASSES:
-            return pass_seconds * median(load.plain_ratio)
+            return expected * median(load.plain_ratio)
         # the least of what little is known: one slow step must not let drafts look good, whereas one that was too fast
         # leads to a pause, in which more of them are seen
-        unseen = pass_seconds * drafted_ratio + _median(load.other_seconds, 0.0)
-        return min([unseen, *(pass_seconds * ratio for ratio in load.plain_ratio)])
+        unseen = expected * ratios.recent() + _median(load.other_seconds, 0.0)
+        return min([unseen, *(expected * ratio for ratio in load.plain_ratio)])
 
     def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
         """Learn from one request's verified nodes."""
@@ -247,10 +314,10 @@ class Budget:
         """Learn from a step of decoding."""
         load = self.load(step.batch_size)
         expected = self._expected_seconds(step.batch_size + step.num_nodes)
-        ratio = step.forward_seconds / expected
+        kinds = (load.trees, load.chains) if step.has_branches else (load.chains, load.trees)
+        kinds[0].observe(step.num_nodes, step.forward_seconds / expected)
         if step.num_nodes:
-            load.drafted_ratio.append(ratio)
-        load.ratios.setdefault(step.num_nodes, deque(maxlen=_WINDOW)).append(ratio)
+            kinds[1].count_unused()
         if not step.num_nodes and step.draft_seconds is None:
             load.plain_ratio.append(step.total_seconds / expected)
             return
@@ -271,7 +338,8 @@ class Budget:
             f"<{2 << level}": {
                 "gain": load.gain,
                 "plain_ratio": _median(load.plain_ratio, math.nan),
-                "drafted_ratio": _median(load.drafted_ratio, math.nan),
+                "chain_ratio": load.chains.recent(),
+                "tree_ratio": load.trees.recent(),
                 "draft_ms": 1e3 * _median(load.draft_seconds, math.nan),
                 "other_ms": 1e3 * _median(load.other_seconds, math.nan),
                 "marginal_probability": load.marginal_probability,

@@ -108,7 +108,14 @@ class TreeModelRunner(CPUModelRunner):
             num_nodes = sum(len(tree.token_ids) for tree in self._batch.trees)
             total = now - self._step_started
             self._budget.observe_step(
-                StepRecord(len(self._batch.trees), num_nodes, self._forward_seconds, self._draft_seconds, total)
+                StepRecord(
+                    len(self._batch.trees),
+                    num_nodes,
+                    self._batch.num_branching > 0,
+                    self._forward_seconds,
+                    self._draft_seconds,
+                    total,
+                )
             )
         drafts = scheduler_output.scheduled_spec_decode_tokens
         is_decoding = all(count == 1 + len(drafts.get(request, ())) for request, count in scheduled.items())
@@ -258,7 +265,7 @@ class TreeModelRunner(CPUModelRunner):
         handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
         greedy = [is_greedy(each) for each in parameters]
         candidates = self.drafter.search(handed_over, init_ids, floor, self._foresee(active, parameters))
-        budgets = self._agreed_budgets(candidates, greedy)
+        candidates, budgets = self._agreed_choice(candidates, greedy)
         linear = [each.structured_outputs is not None for each in parameters]
         trees = self.drafter.trees(candidates, budgets, linear)
         for index, request, tree in zip(active, request_ids, trees, strict=True):
@@ -293,12 +300,15 @@ class TreeModelRunner(CPUModelRunner):
         (agreed,) = _from_first_rank([floor])
         return None if math.isnan(agreed) else agreed
 
-    def _agreed_budgets(self, candidates: Candidates, greedy: list[bool]) -> list[int]:
-        """Return how many nodes every request may verify, the same on all ranks."""
+    def _agreed_choice(self, candidates: Candidates, greedy: list[bool]) -> tuple[Candidates, list[int]]:
+        """Return what every request may verify, the same on all ranks: the best so many of which candidates."""
         if self._budget is None:
-            return [self.drafter.options.num_speculative_tokens] * len(greedy)
-        best_first = -np.sort(-candidates.log_probs.double().numpy(), axis=1)
-        return _from_first_rank(self._budget.choose(best_first, greedy).tolist())
+            return candidates, [self.drafter.options.num_speculative_tokens] * len(greedy)
+        paths = tree_batch.best_paths(candidates)
+        trees, chains = (-np.sort(-each.log_probs.double().numpy(), axis=1) for each in (candidates, paths))
+        choice = self._budget.choose(trees, chains, greedy)
+        as_chains, *budgets = _from_first_rank([int(choice.as_chains), *choice.num_nodes.tolist()])
+        return (paths if as_chains else candidates), budgets
 
 
 def is_greedy(parameters: Any) -> bool:

@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import torch
+
 from vllm_redrafter.adapter.attention import Segment
+from vllm_redrafter.core.beam_search import Candidates
 
 
 class DraftTree(NamedTuple):
@@ -61,6 +65,24 @@ def best_tree(
         tree.scores.append(log_probs[candidate])
         waiting += [(child, node) for child in reversed(children.get(candidate, []))]
     return tree
+
+
+def best_paths(candidates: Candidates) -> Candidates:
+    """Return the candidates of which only those are left that the path of best children leads through.
+
+    The others keep their places, with a log-probability of -inf.
+    """
+    parents, log_probs = candidates.parents.numpy(), candidates.log_probs.numpy()
+    on_path = np.zeros(parents.shape, dtype=np.bool_)
+    children = parents == -1
+    while children.any():
+        rows = np.flatnonzero(children.any(axis=1))
+        # within a depth the best candidate comes first
+        best = children[rows].argmax(axis=1)
+        on_path[rows, best] = True
+        children = np.zeros_like(children)
+        children[rows] = parents[rows] == best[:, None]
+    return candidates._replace(log_probs=torch.from_numpy(np.where(on_path, log_probs, -np.float32(np.inf))))
 
 
 class TreeBatch(NamedTuple):
