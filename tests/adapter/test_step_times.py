@@ -105,4 +105,4 @@ def test_the_table_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measure(monkeypatch, StubRunner(lambda rows, repeat: 1e-3 * rows), 3)
 
-    assert messages == ["Forward passes measured for the draft budget, rows: milliseconds: 1: 1.0, 2: 2.0, 3: 3.0"]
+    assert messages == ["Forward passes measured, rows: milliseconds: 1: 1.0, 2: 2.0, 3: 3.0"]

@@ -28,8 +28,9 @@ _LARGE = 1_000_000
 _SHORTLISTED = 1.5
 """A precision whose products take so many times as long as the quickest one's is not tried any further."""
 
-_LOST_BY_ROUNDING = 0.02
-"""Part of a step that a copy with rounded weights must save: on stories, 8 bits cost up to 1.4% of the tokens."""
+_LOST_BY_ROUNDING = 0.04
+"""Part of a step that a copy with rounded weights must save: 8 bits cost 1.4% of the tokens on 48 held-out stories, and
+4% on the openings of `bench speed`."""
 
 _WORTH_OF_BEAMS = 0.0025
 """Part of a step's tokens, per node of the budget, that beams beside the first bring: on stories, the best 8 nodes of
@@ -72,43 +73,45 @@ class ReDrafterProposer:
         self._for_one = self._for_several = self._searcher(drafter, self.dtype)
         self._copies = [self._for_one]
 
-    def tune(self, step_seconds: Callable[[int], float] | None) -> None:
+    def tune(self, step_seconds: Callable[[int], float]) -> None:
         """Choose how to search by what is fastest here: the weights' precision, beams, compiled or not.
 
         What rounding and fewer beams lose is acceptance, never output. With more than one rank nothing is chosen: ranks
         that choose differently draft differently, and what is compiled may round differently.
 
         Args:
-            step_seconds: the target's time for so many rows: beside it, rounding may save less than it costs, and the
-                beams asked for cost more than they bring, so that one is searched; None where it must be all of them.
+            step_seconds: the target's time for so many rows: beside it, rounding may save less than it costs, and where
+                the budget is automatic, the beams asked for may cost more than they bring, so that one is searched.
         """
         if not self.has_one_rank:
             return
-        self._for_one = self._tuned(1, step_seconds)
-        self._for_several = self._tuned(SEVERAL, step_seconds) if self.is_for_several else self._for_one
+        self._for_one = self._for_several = self._tuned(1, step_seconds(1))
+        if self.is_for_several:
+            self._for_several = self._tuned(SEVERAL, step_seconds(SEVERAL))
         self._copies = []
         logger.info("Drafting for one request: %s; for several: %s", self._for_one, self._for_several)
 
-    def _tuned(self, num_requests: int, step_seconds: Callable[[int], float] | None) -> Searcher:
+    def _tuned(self, num_requests: int, step_seconds: float) -> Searcher:
         searchers = self._copies
         if len(searchers) > 1:
             # less to read is not always quicker
             seconds = [searcher.scoring_seconds(num_requests) for searcher in searchers]
             limit = _SHORTLISTED * min(seconds)
             searchers = [searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= limit]
-        if step_seconds is not None and self.options.beam_width > 1:
-            worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds(num_requests)
+        if self.options.budget == "auto" and self.options.beam_width > 1:
+            worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds
             searchers = [searcher.narrowed(num_requests, worth) for searcher in searchers]
         if self.is_compiling:
             for searcher in searchers:
                 searcher.compile(num_requests)
         if len(searchers) == 1:
             return searchers[0]
-        lost = 0.0 if step_seconds is None else _LOST_BY_ROUNDING * step_seconds(num_requests)
-        return min(
-            searchers,
-            key=lambda searcher: searcher.seconds(num_requests) + lost * (searcher.drafter is not self.drafter),
-        )
+
+        def cost(searcher: Searcher) -> float:
+            is_rounded = searcher.drafter is not self.drafter
+            return searcher.seconds(num_requests) + (_LOST_BY_ROUNDING * step_seconds if is_rounded else 0.0)
+
+        return min(searchers, key=cost)
 
     def _searcher(self, drafter: ReDrafter, dtype: torch.dtype) -> Searcher:
         shape = self.options.shape

@@ -35,6 +35,7 @@ from vllm_redrafter.adapter.attention import TreeAttentionMetadata
 from vllm_redrafter.adapter.budget import Budget, StepRecord
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
+from vllm_redrafter.adapter.searcher import SEVERAL
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
@@ -74,14 +75,13 @@ class TreeModelRunner(CPUModelRunner):
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
-        """Measure forward passes where budgets are chosen from them, and let the drafter choose how to search."""
+        """Measure forward passes: what is drafted, and how it is searched for, is chosen from their times."""
         options = self.drafter.options
-        if options.budget != "auto":
-            self.drafter.tune(None)
-            return
-        most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
+        is_automatic = options.budget == "auto"
+        most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens) if is_automatic else SEVERAL
         times = step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
-        self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
+        if is_automatic:
+            self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
         self.drafter.tune(lambda num_rows: float(times.at(np.array(float(num_rows)))))
 
     def describe(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def measure(runner: Any, most_rows: int, decide: Callable[[bool], bool]) -> Step
     monotone = np.minimum.accumulate(seconds[::-1])[::-1]
     times = StepTimes(np.array(list(quickest), dtype=np.float64), monotone)
     table = ", ".join(f"{count}: {1e3 * value:.1f}" for count, value in zip(quickest, monotone, strict=True))
-    logger.info("Forward passes measured for the draft budget, rows: milliseconds: %s", table)
+    logger.info("Forward passes measured, rows: milliseconds: %s", table)
     return times
 
 

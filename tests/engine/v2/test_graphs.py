@@ -54,6 +54,16 @@ def test_text_from_graphs_is_that_of_plain_vllm(engines: EnginePool, v2_pair: V2
     assert drafted.num_graph_replays > 1.4 * (drafted.num_engine_steps - len(v2_pair.prompts))
 
 
+def test_three_requests_replay_the_graphs_of_four(engines: EnginePool, v2_pair: V2Pair) -> None:
+    sampling = {**GREEDY, "max_tokens": 24, "ignore_eos": True}
+    requests = Workload([Request(prompt, sampling) for prompt in v2_pair.prompts[:3]])
+
+    drafted = engines.run(with_graphs(v2_pair), requests)
+
+    assert_same_answers(drafted, engines.run(v2_pair.plain(), requests))
+    assert drafted.num_graph_replays > 1.4 * (drafted.num_engine_steps - len(requests.requests))
+
+
 def test_the_same_trees_are_drafted_and_accepted_as_without_graphs(engines: EnginePool, v2_pair: V2Pair) -> None:
     requests = workload(v2_pair, GREEDY)
 
