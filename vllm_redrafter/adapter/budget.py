@@ -105,6 +105,7 @@ class PassRatios:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._by_nodes: dict[int, deque[float]] = {}
+        self._known: dict[int, float] = {}  # medians of those, found once per pass and not once per choice
         self._num_unused = 0
 
     def observe(self, num_nodes: int, ratio: float) -> None:
@@ -112,7 +113,10 @@ class PassRatios:
         self._num_unused = 0
         if num_nodes:
             self._recent.append(ratio)
-        self._by_nodes.setdefault(num_nodes, deque(maxlen=_WINDOW)).append(ratio)
+        seen = self._by_nodes.setdefault(num_nodes, deque(maxlen=_WINDOW))
+        seen.append(ratio)
+        if len(seen) >= _ENOUGH_PASSES:
+            self._known[num_nodes] = median(seen)
 
     def count_unused(self) -> None:
         """Note a pass of the other kind; after many of them what is known of this one is out of date."""
@@ -120,6 +124,7 @@ class PassRatios:
         if self._num_unused == _PLAIN_STEP_INTERVAL:
             self._recent.clear()
             self._by_nodes.clear()
+            self._known.clear()
 
     def recent(self) -> float:
         """Return that of the last passes with nodes, however many."""
@@ -128,9 +133,9 @@ class PassRatios:
     def up_to(self, num_nodes: int) -> Floats:
         """Return those of passes with 0, 1, ..., `num_nodes` nodes, [1 + num_nodes]."""
         ratios = np.full(1 + num_nodes, self.recent())
-        for count, seen in self._by_nodes.items():
-            if count <= num_nodes and len(seen) >= _ENOUGH_PASSES:
-                ratios[count] = median(seen)
+        for count, ratio in self._known.items():
+            if count <= num_nodes:
+                ratios[count] = ratio
         return ratios
 
 
