@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_redrafter.adapter import runner as runner_module
+from vllm_redrafter.adapter.budget import Choice, Floats
+from vllm_redrafter.adapter.runner import TreeModelRunner
+from vllm_redrafter.core.beam_search import Candidates
+
+# two children of the root, and two of the better one
+CANDIDATES = Candidates(
+    torch.tensor([[5, 6, 7, 8]]), torch.tensor([[-1, -1, 0, 0]]), torch.tensor([[-0.25, -1.0, -0.5, -0.75]])
+)
+
+
+def agreed_choice(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> tuple[Candidates, list[int], list[Floats]]:
+    """Return what a runner makes of a budget's choice, and what the budget was asked about."""
+    monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
+    asked: list[Floats] = []
+    runner = object.__new__(TreeModelRunner)
+    runner._budget = SimpleNamespace(choose=lambda trees, chains, greedy: (asked.extend((trees, chains)), choice)[1])
+    return (*runner._agreed_choice(CANDIDATES, [True]), asked)
+
+
+def test_a_budget_is_asked_about_trees_and_about_their_best_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, budgets, (trees, chains) = agreed_choice(Choice(np.array([3]), as_chains=False), monkeypatch)
+
+    assert trees.tolist() == [[-0.25, -0.5, -0.75, -1.0]]
+    assert chains.tolist() == [[-0.25, -0.5, -math.inf, -math.inf]]
+    assert (found, budgets) == (CANDIDATES, [3])
+
+
+def test_where_chains_were_chosen_nothing_beside_the_best_path_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, budgets, _ = agreed_choice(Choice(np.array([2]), as_chains=True), monkeypatch)
+
+    assert found.log_probs.tolist() == [[-0.25, -math.inf, -0.5, -math.inf]]
+    assert budgets == [2]
