@@ -428,9 +428,11 @@ def test_what_is_asked_for_is_searched_where_the_budget_is_fixed(monkeypatch: py
     proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "fixed"))
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
     monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: float(self.shape.width))
+    asked: list[int] = []
 
-    proposer.tune(lambda num_rows: 0.0)
+    proposer.tune(lambda num_rows: (asked.append(num_rows), 0.0)[1])
 
+    assert asked == [], "passes are timed at start where there is something to choose"
     assert [searcher.shape.width for searcher in searchers_used(proposer, monkeypatch)] == [4, 4]
 
 

@@ -54,6 +54,10 @@ class StepTimes(NamedTuple):
         beyond: Floats = inside + np.maximum(rows - self.rows[-1], 0) * max(slope, 0.0)
         return beyond
 
+    def of(self, num_rows: int) -> float:
+        """Return the time of one pass."""
+        return float(self.at(np.array(float(num_rows))))
+
 
 class Calibration:
     """How often a node is accepted, by the drafter's own cumulative log-probability of it."""
@@ -276,8 +280,9 @@ class Budget:
         batch_size = len(log_probs)
         chances = np.zeros_like(log_probs)
         for greedy, calibration in self._calibrations.items():
-            if (is_greedy == greedy).any():
-                chances[is_greedy == greedy] = calibration.probability(log_probs[is_greedy == greedy])
+            rows = is_greedy == greedy
+            if rows.any():
+                chances[rows] = calibration.probability(log_probs[rows])
         chances[np.isneginf(log_probs)] = 0.0
         best_first = np.argsort(-chances, axis=None, kind="stable")
         best_first = best_first[: np.count_nonzero(chances)]
@@ -334,7 +339,7 @@ class Budget:
     def _expected_seconds(self, num_rows: int) -> float:
         """Return what a forward pass of so many rows took at start."""
         if num_rows not in self._expected:
-            self._expected[num_rows] = float(self._times.at(np.array(float(num_rows))))
+            self._expected[num_rows] = self._times.of(num_rows)
         return self._expected[num_rows]
 
     def as_dict(self) -> dict[str, Any]:

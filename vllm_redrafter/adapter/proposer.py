@@ -80,18 +80,19 @@ class ReDrafterProposer:
         that choose differently draft differently, and what is compiled may round differently.
 
         Args:
-            step_seconds: the target's time for so many rows: beside it, rounding may save less than it costs, and where
-                the budget is automatic, the beams asked for may cost more than they bring, so that one is searched.
+            step_seconds: the target's time for so many rows, asked for where there is a choice: beside it, rounding may
+                save less than it costs, and where the budget is automatic, the beams asked for may cost more than they
+                bring, so that one is searched.
         """
         if not self.has_one_rank:
             return
-        self._for_one = self._for_several = self._tuned(1, step_seconds(1))
+        self._for_one = self._for_several = self._tuned(1, step_seconds)
         if self.is_for_several:
-            self._for_several = self._tuned(SEVERAL, step_seconds(SEVERAL))
+            self._for_several = self._tuned(SEVERAL, step_seconds)
         self._copies = []
         logger.info("Drafting for one request: %s; for several: %s", self._for_one, self._for_several)
 
-    def _tuned(self, num_requests: int, step_seconds: float) -> Searcher:
+    def _tuned(self, num_requests: int, step_seconds: Callable[[int], float]) -> Searcher:
         searchers = self._copies
         if len(searchers) > 1:
             # less to read is not always quicker
@@ -99,7 +100,7 @@ class ReDrafterProposer:
             limit = _SHORTLISTED * min(seconds)
             searchers = [searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= limit]
         if self.options.budget == "auto" and self.options.beam_width > 1:
-            worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds
+            worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds(num_requests)
             searchers = [searcher.narrowed(num_requests, worth) for searcher in searchers]
         if self.is_compiling:
             for searcher in searchers:
@@ -109,7 +110,8 @@ class ReDrafterProposer:
 
         def cost(searcher: Searcher) -> float:
             is_rounded = searcher.drafter is not self.drafter
-            return searcher.seconds(num_requests) + (_LOST_BY_ROUNDING * step_seconds if is_rounded else 0.0)
+            lost = _LOST_BY_ROUNDING * step_seconds(num_requests) if is_rounded else 0.0
+            return searcher.seconds(num_requests) + lost
 
         return min(searchers, key=cost)
 

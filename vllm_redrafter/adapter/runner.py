@@ -10,6 +10,7 @@ What a step does differently, in the order in which a step does it:
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -32,10 +33,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_redrafter.adapter import attention, foresight, step_times, tree_batch
 from vllm_redrafter.adapter.attention import TreeAttentionMetadata
-from vllm_redrafter.adapter.budget import Budget, StepRecord
+from vllm_redrafter.adapter.budget import Budget, StepRecord, StepTimes
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
-from vllm_redrafter.adapter.searcher import SEVERAL
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
@@ -75,14 +75,18 @@ class TreeModelRunner(CPUModelRunner):
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
-        """Measure forward passes: what is drafted, and how it is searched for, is chosen from their times."""
+        """Let the drafter choose how to search, by the times of forward passes where the choice depends on them."""
         options = self.drafter.options
-        is_automatic = options.budget == "auto"
-        most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens) if is_automatic else SEVERAL
-        times = step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
-        if is_automatic:
+        if options.budget == "auto":
+            times = self._measured(self.max_num_reqs * (1 + options.num_speculative_tokens))
             self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
-        self.drafter.tune(lambda num_rows: float(times.at(np.array(float(num_rows)))))
+            self.drafter.tune(times.of)
+        else:
+            # only a drafter with a choice asks
+            self.drafter.tune(functools.cache(lambda num_rows: self._measured(num_rows).of(num_rows)))
+
+    def _measured(self, most_rows: int) -> StepTimes:
+        return step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
 
     def describe(self) -> dict[str, Any]:
         """Return the statistics, and what the budget has learnt."""
