@@ -261,8 +261,11 @@ class Budget:
         """
         load = self.load(len(trees))
         flags = np.array(is_greedy)
+        most = len(trees) * self._max_nodes
+        passes = self._times.at(len(trees) + np.arange(1 + most, dtype=np.float64))
+        overhead = _median(load.other_seconds, 0.0) + _median(load.draft_seconds, 0.0)
         as_trees, as_chains = (
-            self._best(log_probs[:, : self._max_nodes], flags, load, ratios)
+            self._best(log_probs[:, : self._max_nodes], flags, passes * ratios.up_to(most) + overhead)
             for log_probs, ratios in ((trees, load.trees), (chains, load.chains))
         )
         best = as_chains if as_chains.speed >= as_trees.speed else as_trees
@@ -275,8 +278,12 @@ class Budget:
             load.next_pause = 1
         return Choice(best.num_nodes, best is as_chains)
 
-    def _best(self, log_probs: Floats, is_greedy: npt.NDArray[np.bool_], load: Load, ratios: PassRatios) -> _Option:
-        """Return the best number of nodes of one kind."""
+    def _best(self, log_probs: Floats, is_greedy: npt.NDArray[np.bool_], step_seconds: Floats) -> _Option:
+        """Return the best number of nodes of one kind.
+
+        Args:
+            step_seconds: of steps that verify 0, 1, ... nodes.
+        """
         batch_size = len(log_probs)
         chances = np.zeros_like(log_probs)
         for greedy, calibration in self._calibrations.items():
@@ -289,9 +296,7 @@ class Budget:
         sorted_chances = chances.ravel()[best_first]
 
         tokens = batch_size + np.concatenate(([0.0], np.cumsum(sorted_chances)))
-        passes = self._times.at(batch_size + np.arange(len(tokens), dtype=np.float64))
-        overhead = _median(load.other_seconds, 0.0) + _median(load.draft_seconds, 0.0)
-        seconds = passes * ratios.up_to(len(sorted_chances)) + overhead
+        seconds = step_seconds[: len(tokens)]
         speeds = tokens / seconds
         count = int(np.argmax(speeds))
         speed = float(speeds[count])

@@ -72,17 +72,15 @@ def best_paths(candidates: Candidates) -> Candidates:
 
     The others keep their places, with a log-probability of -inf.
     """
-    parents, log_probs = candidates.parents.numpy(), candidates.log_probs.numpy()
-    on_path = np.zeros(parents.shape, dtype=np.bool_)
-    children = parents == -1
-    while children.any():
-        rows = np.flatnonzero(children.any(axis=1))
-        # within a depth the best candidate comes first
-        best = children[rows].argmax(axis=1)
-        on_path[rows, best] = True
-        children = np.zeros_like(children)
-        children[rows] = parents[rows] == best[:, None]
-    return candidates._replace(log_probs=torch.from_numpy(np.where(on_path, log_probs, -np.float32(np.inf))))
+    log_probs = candidates.log_probs.numpy()
+    on_path = np.full_like(log_probs, -np.inf)
+    for request, parents in enumerate(candidates.parents.tolist()):
+        last = -1
+        while last in parents:
+            # within a depth the best candidate comes first
+            last = parents.index(last)
+            on_path[request, last] = log_probs[request, last]
+    return candidates._replace(log_probs=torch.from_numpy(on_path))
 
 
 class TreeBatch(NamedTuple):
