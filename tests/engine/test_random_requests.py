@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from tests.engine.tiny_models import token_prompts
 
 pytestmark = pytest.mark.engine
 
-NUM_REQUESTS = 60
 LONGEST_PROMPT = 140
 
 SPECULATIONS: list[dict[str, Any]] = [
@@ -41,7 +41,7 @@ OPTIONS: list[tuple[float, dict[str, Any]]] = [
     (0.2, {"logit_bias": dict.fromkeys(ids("xyz"), 2.5)}),
     (0.1, {"allowed_token_ids": ids("abcdefghijklm0123456789")}),
     (0.15, {"bad_words": ["ab", "c", "9"]}),
-    (0.2, {"min_tokens": 5}),
+    (0.2, {"min_tokens": 4}),
     (0.15, {"stop_token_ids": ids("q7")}),
     (0.2, {"stop": ["s", "0a", "z5"]}),
     (0.1, {"include_stop_str_in_output": True}),
@@ -51,12 +51,14 @@ OPTIONS: list[tuple[float, dict[str, Any]]] = [
 ]
 
 
-def random_requests(pair: TinyPair, seed: int) -> list[Request]:
+def random_requests(
+    prompts: Sequence[list[int]], seed: int, num_requests: int, lengths: Sequence[int]
+) -> list[Request]:
+    """Return requests for at most so many tokens, handed in one after another."""
     draw = random.Random(seed)
-    prompts = [*pair.prompts, *token_prompts([1, 33, 64, 130], seed=seed)]
     requests = []
-    for number in range(NUM_REQUESTS):
-        sampling: dict[str, Any] = {"max_tokens": draw.choice([5, 17, 40, 64])}
+    for number in range(num_requests):
+        sampling: dict[str, Any] = {"max_tokens": draw.choice(lengths)}
         if draw.random() < 0.5:
             sampling |= {"temperature": 0}
         else:
@@ -69,13 +71,14 @@ def random_requests(pair: TinyPair, seed: int) -> list[Request]:
         # every other one begins with what another has left in the cache
         beginning = draw.choice(prompts)[:64] * draw.randrange(2)
         prompt = [*beginning, *draw.choice(prompts)][:LONGEST_PROMPT]
-        requests.append(Request(prompt, sampling, add_after=draw.randrange(3 * NUM_REQUESTS)))
+        requests.append(Request(prompt, sampling, add_after=draw.randrange(3 * num_requests)))
     return requests
 
 
 @pytest.mark.parametrize("seed", range(len(SPECULATIONS)))
 def test_random_requests_get_the_answers_of_plain_vllm(engines: EnginePool, tiny_pair: TinyPair, seed: int) -> None:
-    workload = Workload(random_requests(tiny_pair, seed))
+    prompts = [*tiny_pair.prompts, *token_prompts([1, 33, 64, 130], seed=seed)]
+    workload = Workload(random_requests(prompts, seed, num_requests=60, lengths=(5, 17, 40, 64)))
     schedule = SCHEDULES[seed]
 
     drafted = engines.run(tiny_pair.drafted(SPECULATIONS[seed], **schedule), workload)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.engine_process import EnginePool, Request, Result, Workload, assert_same_answers
+from tests.engine.test_random_requests import random_requests
 from tests.engine.test_sampling_options import assert_same_logprobs, ids
 from tests.engine.v2.conftest import V2Pair
 
@@ -146,3 +147,12 @@ def test_trees_chains_and_grammars_share_a_batch(engines: EnginePool, v2_pair: V
 
     assert_same_logprobs(drafted, engines.run(v2_pair.plain(), workload))
     assert drafted.stats["num_branching_trees"] > 0
+
+
+def test_random_requests_get_the_answers_of_plain_vllm(engines: EnginePool, v2_pair: V2Pair) -> None:
+    workload = Workload(random_requests(v2_pair.prompts, seed=0, num_requests=12, lengths=(4, 9, 14)))
+
+    drafted = compared(engines, v2_pair, workload)
+
+    assert_same_logprobs(drafted, engines.run(v2_pair.plain(), workload))
+    assert drafted.stats["num_branch_acceptances"] > 0
