@@ -162,7 +162,7 @@ def torch_cpu_index_is_reachable() -> bool:
 def pip_install(python: Path, arguments: list[str]) -> None:
     """Runs ``pip install``, showing its milestones on stderr; a failure is raised with what to do about it."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
-    errors = []
+    errors: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
         assert pip.stdout is not None
         for line in filter(None, map(str.strip, pip.stdout)):

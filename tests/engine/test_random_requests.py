@@ -1,4 +1,4 @@
-"""Whatever is asked for together, and however it is scheduled: requests drawn at random, on engines unlike each other."""
+"""Whatever is asked for together, however it is scheduled: random requests, on engines unlike each other."""
 
 from __future__ import annotations
 
