@@ -267,7 +267,8 @@ def test_what_has_not_been_verified_for_long_is_tried_again() -> None:
 
     budget.observe_step(chain)
 
-    assert budget.choose(TREES, CHAINS, [True]).num_nodes.tolist() == [3]
+    choice = budget.choose(TREES, CHAINS, [True])
+    assert (choice.num_nodes.tolist(), choice.as_chains) == ([3], False)
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_redrafter.adapter import runner as runner_module
-from vllm_redrafter.adapter.budget import Choice, Floats
+from vllm_redrafter.adapter.budget import Choice, Floats, StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
 from vllm_redrafter.core.beam_search import Candidates
 
@@ -40,3 +40,29 @@ def test_where_chains_were_chosen_nothing_beside_the_best_path_is_left(monkeypat
 
     assert found.log_probs.tolist() == [[-0.25, -math.inf, -0.5, -math.inf]]
     assert budgets == [2]
+
+
+@pytest.mark.parametrize(("max_num_reqs", "asked", "measured"), [(8, (1, 4, 1), [4]), (1, (1,), [1]), (8, (), [])])
+def test_where_the_budget_is_fixed_passes_are_measured_once_if_a_drafter_asks(
+    monkeypatch: pytest.MonkeyPatch, max_num_reqs: int, asked: tuple[int, ...], measured: list[int]
+) -> None:
+    sizes: list[int] = []
+    answers: list[float] = []
+
+    def measure(runner: TreeModelRunner, most_rows: int, decide: object) -> StepTimes:
+        sizes.append(most_rows)
+        rows = np.arange(1.0, most_rows + 1)
+        return StepTimes(rows, 0.5 * rows)
+
+    monkeypatch.setattr(runner_module.step_times, "measure", measure)
+    runner = object.__new__(TreeModelRunner)
+    runner._budget, runner.max_num_reqs = None, max_num_reqs
+    runner.drafter = SimpleNamespace(
+        options=SimpleNamespace(budget="fixed"), tune=lambda seconds: answers.extend(map(seconds, asked))
+    )
+
+    runner.calibrate()
+
+    assert sizes == measured
+    assert answers == [0.5 * num_rows for num_rows in asked]
+    assert runner._budget is None

@@ -36,6 +36,7 @@ from vllm_redrafter.adapter.attention import TreeAttentionMetadata
 from vllm_redrafter.adapter.budget import Budget, StepRecord, StepTimes
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
+from vllm_redrafter.adapter.searcher import SEVERAL
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
@@ -82,8 +83,9 @@ class TreeModelRunner(CPUModelRunner):
             self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
             self.drafter.tune(times.of)
         else:
-            # only a drafter with a choice asks
-            self.drafter.tune(functools.cache(lambda num_rows: self._measured(num_rows).of(num_rows)))
+            # only a drafter with a choice asks, for one request and for several
+            measured = functools.cache(lambda: self._measured(SEVERAL if self.max_num_reqs > 1 else 1))
+            self.drafter.tune(lambda num_rows: measured().of(num_rows))
 
     def _measured(self, most_rows: int) -> StepTimes:
         return step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
