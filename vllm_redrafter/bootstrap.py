@@ -172,6 +172,8 @@ def pip_install(python: Path, arguments: list[str]) -> None:
                 print(f"  {line}", file=sys.stderr, flush=True)
             elif line.startswith(SHOWN_PIP_LINES):
                 print(f"  {line[:100]}", file=sys.stderr, flush=True)
+    if pip.returncode != 0 and not errors:
+        raise SetupError(f"pip ended with status {pip.returncode} and reported no error: run the same command again")
     if pip.returncode != 0:
         raise pip_error(errors)
 
