@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_redrafter.adapter import runner as runner_module
-from vllm_redrafter.adapter.budget import Choice, Floats, StepTimes
+from vllm_redrafter.adapter.budget import Choice, StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
 from vllm_redrafter.core.beam_search import Candidates
 
@@ -18,25 +18,27 @@ CANDIDATES = Candidates(
 )
 
 
-def agreed_choice(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> tuple[Candidates, list[int], list[Floats]]:
+def agreed_choice(
+    choice: Choice, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Candidates, list[int], list[list[list[float]]]]:
     """Return what a runner makes of a budget's choice, and what the budget was asked about."""
     monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
-    asked: list[Floats] = []
+    asked: list[list[list[float]]] = []
     runner = object.__new__(TreeModelRunner)
     runner._budget = SimpleNamespace(choose=lambda trees, chains, greedy: (asked.extend((trees, chains)), choice)[1])
     return (*runner._agreed_choice(CANDIDATES, [True]), asked)
 
 
 def test_a_budget_is_asked_about_trees_and_about_their_best_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, budgets, (trees, chains) = agreed_choice(Choice(np.array([3]), as_chains=False), monkeypatch)
+    found, budgets, (trees, chains) = agreed_choice(Choice([3], as_chains=False), monkeypatch)
 
-    assert trees.tolist() == [[-0.25, -0.5, -0.75, -1.0]]
-    assert chains.tolist() == [[-0.25, -0.5, -math.inf, -math.inf]]
+    assert trees == [[-0.25, -0.5, -0.75, -1.0]]
+    assert chains == [[-0.25, -0.5, -math.inf, -math.inf]]
     assert (found, budgets) == (CANDIDATES, [3])
 
 
 def test_where_chains_were_chosen_nothing_beside_the_best_path_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, budgets, _ = agreed_choice(Choice(np.array([2]), as_chains=True), monkeypatch)
+    found, budgets, _ = agreed_choice(Choice([2], as_chains=True), monkeypatch)
 
     assert found.log_probs.tolist() == [[-0.25, -math.inf, -0.5, -math.inf]]
     assert budgets == [2]

@@ -11,13 +11,18 @@ so far (`Calibration`); the times come from forward passes measured at start, co
 (`Load`). Branches cost more than their rows, so the nodes of all best paths, sorted alike, compete with those of all
 trees. When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then; a large
 batch must gain more than a small one.
+
+A choice is made of a few dozen numbers at every step, which is why they stand in lists: calls of numpy would take
+longer than what they compute.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -63,37 +68,49 @@ class Calibration:
     """How often a node is accepted, by the drafter's own cumulative log-probability of it."""
 
     _LOWEST = -8.0
-    _NUM_BINS = 33
+    _BINS_PER_NAT = 4
+    _LAST_BIN = 32  # that of log-probability 0
     _PRIOR = 8.0  # nodes that the drafter's own word counts for in every bin
     _MEMORY = 4000.0  # nodes after which a bin's past weighs half
 
     def __init__(self) -> None:
-        self._centers = np.linspace(self._LOWEST, 0.0, self._NUM_BINS)
-        self._seen = np.full(self._NUM_BINS, self._PRIOR)
-        self._accepted = self._PRIOR * np.exp(self._centers)
-        self._rates: Floats | None = None  # found when asked for: a batch observes once per request
+        self._centers = [self._LOWEST + index / self._BINS_PER_NAT for index in range(self._LAST_BIN + 1)]
+        self._seen = [self._PRIOR] * len(self._centers)
+        self._accepted = [self._PRIOR * math.exp(center) for center in self._centers]
+        self._rates: list[float] | None = None  # found when asked for: a batch observes once per request
 
-    def observe(self, log_probs: Floats, accepted: npt.NDArray[np.bool_]) -> None:
+    def observe(self, log_probs: Iterable[float], accepted: Iterable[bool]) -> None:
         """Count verified nodes."""
-        width = self._centers[1] - self._centers[0]
-        bins = np.clip(np.rint((log_probs - self._LOWEST) / width), 0, self._NUM_BINS - 1).astype(np.int64)
-        self._seen += np.bincount(bins, minlength=self._NUM_BINS)
-        self._accepted += np.bincount(bins, weights=accepted, minlength=self._NUM_BINS)
-        too_old = self._seen > self._MEMORY
-        self._seen[too_old] /= 2
-        self._accepted[too_old] /= 2
+        for log_prob, was_accepted in zip(log_probs, accepted, strict=True):
+            index = round(self._place(log_prob))
+            self._seen[index] += 1
+            self._accepted[index] += was_accepted
+            if self._seen[index] > self._MEMORY:
+                self._seen[index] /= 2
+                self._accepted[index] /= 2
         self._rates = None
 
-    def probability(self, log_probs: Floats) -> Floats:
-        """Return how likely nodes are accepted."""
-        return np.interp(log_probs, self._centers, self._fitted_rates())
+    def probabilities(self, log_probs: Iterable[float]) -> list[float]:
+        """Return how likely nodes are accepted, those left out that have a log-probability of -inf."""
+        rates = self._fitted_rates()
+        probabilities = []
+        for log_prob in log_probs:
+            if log_prob != -math.inf:
+                place = self._place(log_prob)
+                left = min(int(place), self._LAST_BIN - 1)
+                probabilities.append(rates[left] + (place - left) * (rates[left + 1] - rates[left]))
+        return probabilities
 
     def log_prob_of(self, probability: float) -> float:
         """Return the drafter's log-probability below which nodes are accepted less often than `probability`."""
-        index = int(np.searchsorted(self._fitted_rates(), probability))
-        return float(self._centers[max(index - 1, 0)]) if index > 0 else -math.inf
+        index = bisect.bisect_left(self._fitted_rates(), probability)
+        return self._centers[index - 1] if index > 0 else -math.inf
 
-    def _fitted_rates(self) -> Floats:
+    def _place(self, log_prob: float) -> float:
+        """Return where among the bins a log-probability lies, from 0 to the last one."""
+        return min(max((log_prob - self._LOWEST) * self._BINS_PER_NAT, 0.0), float(self._LAST_BIN))
+
+    def _fitted_rates(self) -> list[float]:
         if self._rates is None:
             # a more probable node cannot be a worse one: what contradicts that is noise
             self._rates = _non_decreasing(self._accepted, self._seen)
@@ -109,7 +126,8 @@ class PassRatios:
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._by_nodes: dict[int, deque[float]] = {}
-        self._known: dict[int, float] = {}  # medians of those, found once per pass and not once per choice
+        self.known: dict[int, float] = {}
+        """That of passes with so many nodes, once there were enough of them."""
         self._num_unused = 0
 
     def observe(self, num_nodes: int, ratio: float) -> None:
@@ -120,7 +138,7 @@ class PassRatios:
         seen = self._by_nodes.setdefault(num_nodes, deque(maxlen=_WINDOW))
         seen.append(ratio)
         if len(seen) >= _ENOUGH_PASSES:
-            self._known[num_nodes] = median(seen)
+            self.known[num_nodes] = median(seen)
 
     def count_unused(self) -> None:
         """Note a pass of the other kind; after many of them what is known of this one is out of date."""
@@ -128,19 +146,11 @@ class PassRatios:
         if self._num_unused == _PLAIN_STEP_INTERVAL:
             self._recent.clear()
             self._by_nodes.clear()
-            self._known.clear()
+            self.known.clear()
 
     def recent(self) -> float:
         """Return that of the last passes with nodes, however many."""
         return _median(self._recent, 1.0)
-
-    def up_to(self, num_nodes: int) -> Floats:
-        """Return those of passes with 0, 1, ..., `num_nodes` nodes, [1 + num_nodes]."""
-        ratios = np.full(1 + num_nodes, self.recent())
-        for count, ratio in self._known.items():
-            if count <= num_nodes:
-                ratios[count] = ratio
-        return ratios
 
 
 class Load:
@@ -192,7 +202,7 @@ class StepRecord(NamedTuple):
 class Choice(NamedTuple):
     """What is verified next."""
 
-    num_nodes: npt.NDArray[np.int64]  # [batch]
+    num_nodes: list[int]  # [batch]
     as_chains: bool
     """Whether they are the first nodes of every request's best path; else the best ones of its tree."""
 
@@ -200,7 +210,7 @@ class Choice(NamedTuple):
 class _Option(NamedTuple):
     """The best that can be had of nodes of one kind."""
 
-    num_nodes: npt.NDArray[np.int64]  # [batch]
+    num_nodes: list[int]  # [batch]
     speed: float  # tokens per second
     marginal_probability: float
 
@@ -214,7 +224,7 @@ class Budget:
         self._draft_length = draft_length
         self._calibrations = {True: Calibration(), False: Calibration()}  # by whether the request is greedy
         self._loads: dict[int, Load] = {}
-        self._expected: dict[int, float] = {}  # asked for at every step
+        self._pass_seconds: list[float] = []
 
     def load(self, batch_size: int) -> Load:
         """Return the record for batches of about `batch_size` requests."""
@@ -251,7 +261,9 @@ class Budget:
         probability = max(load.marginal_probability / 2, worth_a_depth)
         return min(calibration.log_prob_of(probability) for calibration in self._calibrations.values())
 
-    def choose(self, trees: Floats, chains: Floats, is_greedy: Sequence[bool]) -> Choice:
+    def choose(
+        self, trees: Sequence[Sequence[float]], chains: Sequence[Sequence[float]], is_greedy: Sequence[bool]
+    ) -> Choice:
         """Return how many nodes to verify of every request.
 
         Args:
@@ -260,14 +272,9 @@ class Budget:
             is_greedy: by request.
         """
         load = self.load(len(trees))
-        flags = np.array(is_greedy)
-        most = len(trees) * self._max_nodes
-        passes = self._times.at(len(trees) + np.arange(1 + most, dtype=np.float64))
         overhead = _median(load.other_seconds, 0.0) + _median(load.draft_seconds, 0.0)
-        as_trees, as_chains = (
-            self._best(log_probs[:, : self._max_nodes], flags, passes * ratios.up_to(most) + overhead)
-            for log_probs, ratios in ((trees, load.trees), (chains, load.chains))
-        )
+        as_chains = self._best(chains, is_greedy, load.chains, overhead)
+        as_trees = self._best(trees, is_greedy, load.trees, overhead)
         best = as_chains if as_chains.speed >= as_trees.speed else as_trees
         load.speed, load.marginal_probability = best.speed, best.marginal_probability
         plain_seconds = self._plain_seconds(load, len(trees), load.chains if best is as_chains else load.trees)
@@ -278,33 +285,35 @@ class Budget:
             load.next_pause = 1
         return Choice(best.num_nodes, best is as_chains)
 
-    def _best(self, log_probs: Floats, is_greedy: npt.NDArray[np.bool_], step_seconds: Floats) -> _Option:
+    def _best(
+        self, log_probs: Sequence[Sequence[float]], is_greedy: Sequence[bool], ratios: PassRatios, overhead: float
+    ) -> _Option:
         """Return the best number of nodes of one kind.
 
         Args:
-            step_seconds: of steps that verify 0, 1, ... nodes.
+            ratios: of the passes that verify them.
+            overhead: seconds of a step beside its forward pass.
         """
-        batch_size = len(log_probs)
-        chances = np.zeros_like(log_probs)
-        for greedy, calibration in self._calibrations.items():
-            rows = is_greedy == greedy
-            if rows.any():
-                chances[rows] = calibration.probability(log_probs[rows])
-        chances[np.isneginf(log_probs)] = 0.0
-        best_first = np.argsort(-chances, axis=None, kind="stable")
-        best_first = best_first[: np.count_nonzero(chances)]
-        sorted_chances = chances.ravel()[best_first]
+        nodes: list[tuple[float, int]] = []  # how likely it is accepted, whose it is
+        for request, (row, greedy) in enumerate(zip(log_probs, is_greedy, strict=True)):
+            chances = self._calibrations[greedy].probabilities(row[: self._max_nodes])
+            nodes += zip(chances, itertools.repeat(request))
+        nodes.sort(key=lambda node: node[0], reverse=True)
 
-        tokens = batch_size + np.concatenate(([0.0], np.cumsum(sorted_chances)))
-        seconds = step_seconds[: len(tokens)]
-        speeds = tokens / seconds
-        count = int(np.argmax(speeds))
-        speed = float(speeds[count])
-        steps = np.diff(seconds[max(count - 1, 0) : count + 2])
+        batch_size, recent = len(log_probs), ratios.recent()
+        passes = self._passes(batch_size + len(nodes))[batch_size : batch_size + len(nodes) + 1]
+        seconds = [each * ratios.known.get(count, recent) + overhead for count, each in enumerate(passes)]
+        tokens = itertools.accumulate((chance for chance, _ in nodes), initial=float(batch_size))
+        speeds = [expected / each for expected, each in zip(tokens, seconds, strict=True)]
+        speed = max(speeds)
+        count = speeds.index(speed)
+        extra = [after - before for before, after in itertools.pairwise(seconds[max(count - 1, 0) : count + 2])]
         # where times jump behind the last node, the ones before it have paid all the same
-        last_chance = sorted_chances[count - 1] if count > 0 else math.inf
-        marginal_probability = float(min(speed * steps.max(initial=0.0), last_chance))
-        num_nodes = np.bincount(best_first[:count] // log_probs.shape[1], minlength=batch_size)
+        last_chance = nodes[count - 1][0] if count > 0 else math.inf
+        marginal_probability = min(speed * max([0.0, *extra]), last_chance)
+        num_nodes = [0] * batch_size
+        for _, request in nodes[:count]:
+            num_nodes[request] += 1
         return _Option(num_nodes, speed, marginal_probability)
 
     def _plain_seconds(self, load: Load, batch_size: int, ratios: PassRatios) -> float:
@@ -313,7 +322,7 @@ class Budget:
         Args:
             ratios: what stands for those of its pass while it has not been seen.
         """
-        expected = self._expected_seconds(batch_size)
+        expected = self._passes(batch_size)[batch_size]
         if len(load.plain_ratio) >= _ENOUGH_PASSES:
             return expected * median(load.plain_ratio)
         # the least of what little is known: one slow step must not let drafts look good, whereas one that was too fast
@@ -321,14 +330,15 @@ class Budget:
         unseen = expected * ratios.recent() + _median(load.other_seconds, 0.0)
         return min([unseen, *(expected * ratio for ratio in load.plain_ratio)])
 
-    def observe_acceptance(self, log_probs: Floats, accepted: npt.NDArray[np.bool_], is_greedy: bool) -> None:
+    def observe_acceptance(self, log_probs: Iterable[float], accepted: Iterable[bool], is_greedy: bool) -> None:
         """Learn from one request's verified nodes."""
         self._calibrations[is_greedy].observe(log_probs, accepted)
 
     def observe_step(self, step: StepRecord) -> None:
         """Learn from a step of decoding."""
         load = self.load(step.batch_size)
-        expected = self._expected_seconds(step.batch_size + step.num_nodes)
+        num_rows = step.batch_size + step.num_nodes
+        expected = self._passes(num_rows)[num_rows]
         kinds = (load.trees, load.chains) if step.has_branches else (load.chains, load.trees)
         kinds[0].observe(step.num_nodes, step.forward_seconds / expected)
         if step.num_nodes:
@@ -341,11 +351,11 @@ class Budget:
         other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
         load.other_seconds.append(max(other, 0.0))
 
-    def _expected_seconds(self, num_rows: int) -> float:
-        """Return what a forward pass of so many rows took at start."""
-        if num_rows not in self._expected:
-            self._expected[num_rows] = self._times.of(num_rows)
-        return self._expected[num_rows]
+    def _passes(self, most_rows: int) -> list[float]:
+        """Return what forward passes of 0, 1, 2, ... rows took at start, up to `most_rows` at least."""
+        if most_rows >= len(self._pass_seconds):
+            self._pass_seconds = self._times.at(np.arange(2 * most_rows, dtype=np.float64)).tolist()
+        return self._pass_seconds
 
     def as_dict(self) -> dict[str, Any]:
         """Return, by load, what was learnt: for statistics."""
@@ -363,16 +373,16 @@ class Budget:
         }
 
 
-def _non_decreasing(hits: Floats, counts: Floats) -> Floats:  # [bins] each
+def _non_decreasing(hits: Sequence[float], counts: Sequence[float]) -> list[float]:  # [bins] each
     """Return the rates that never fall from bin to bin and fit best: neighbours that contradict are pooled."""
     pools: list[tuple[float, float, int]] = []  # hits, counts, bins
-    for bin_hits, bin_counts in zip(hits.tolist(), counts.tolist(), strict=True):
+    for bin_hits, bin_counts in zip(hits, counts, strict=True):
         pool = (bin_hits, bin_counts, 1)
         while pools and pools[-1][0] * pool[1] > pool[0] * pools[-1][1]:
             before = pools.pop()
             pool = (before[0] + pool[0], before[1] + pool[1], before[2] + pool[2])
         pools.append(pool)
-    return np.repeat([pool[0] / pool[1] for pool in pools], [pool[2] for pool in pools])
+    return [hits / counts for hits, counts, num_bins in pools for _ in range(num_bins)]
 
 
 def _median(values: Sequence[float], default: float) -> float:

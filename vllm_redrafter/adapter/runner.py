@@ -221,9 +221,8 @@ class TreeModelRunner(CPUModelRunner):
             emitted = num_emitted(tokens, len(request.output_token_ids), request.sampling_params)
             stats.count_accepted(len(tree.token_ids), depth, emitted, nodes[depth] == depth)
             if self._budget is not None and tree.scores:
-                accepted = np.zeros(len(tree.parents), dtype=np.bool_)
-                accepted[nodes] = True
-                self._budget.observe_acceptance(np.array(tree.scores), accepted[1:], is_greedy(request.sampling_params))
+                accepted = [node in nodes for node in range(1, len(tree.parents))]
+                self._budget.observe_acceptance(tree.scores, accepted, is_greedy(request.sampling_params))
 
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
@@ -311,9 +310,9 @@ class TreeModelRunner(CPUModelRunner):
         if self._budget is None:
             return candidates, [self.drafter.options.num_speculative_tokens] * len(greedy)
         paths = tree_batch.best_paths(candidates)
-        trees, chains = (-np.sort(-each.log_probs.double().numpy(), axis=1) for each in (candidates, paths))
+        trees, chains = ([sorted(row, reverse=True) for row in each.log_probs.tolist()] for each in (candidates, paths))
         choice = self._budget.choose(trees, chains, greedy)
-        as_chains, *budgets = _from_first_rank([int(choice.as_chains), *choice.num_nodes.tolist()])
+        as_chains, *budgets = _from_first_rank([int(choice.as_chains), *choice.num_nodes])
         return (paths if as_chains else candidates), budgets
 
 
