@@ -6,9 +6,9 @@ CHECK := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:
 PYTHON ?= $(shell for python in $(CANDIDATES); do $$python -c '$(CHECK)' 2>/dev/null && echo $$python && break; done)
 PYTEST_ARGS ?=
 # Test processes of one thread each: what takes long is engines that start and kernels that are interpreted, and neither
-# uses a second core. A file's tests stay together, because they share engines.
+# uses a second core. A file's tests stay together, because they share engines; tests/conftest.py says in which order.
 TEST_PROCESSES ?= 2
-PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=agg $(1)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 MPLBACKEND=agg $(1)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 MLX_VENV := .venv-mlx
