@@ -237,6 +237,18 @@ def test_a_larger_pass_that_happens_to_be_quicker_makes_no_node_worth_less_than_
     assert budget.load(1).marginal_probability == 0.0
 
 
+def test_fewer_nodes_that_were_seen_in_a_slow_moment_are_tried_again() -> None:
+    budget = Budget(PER_ROW, max_nodes=3)
+    for num_nodes, seconds in ((2, 9.0), (3, 2.0)):
+        for _ in range(3):
+            budget.observe_step(StepRecord(1, num_nodes, True, seconds, 0.0, seconds))
+
+    # the third node is next to hopeless, and the pass with two is known to take no longer than that with three
+    assert choose(budget, np.log(np.array([[0.9, 0.8, 0.001]])), [True]) == [3]
+    assert budget.load(1).speed == pytest.approx((1 + 0.9 + 0.8) / 2.0, rel=0.01)
+    assert choose(budget, np.log(np.array([[0.9, 0.8]])), [True]) == [2]
+
+
 TREES, CHAINS = (np.log([chances]).tolist() for chances in ([0.6, 0.5, 0.2], [0.6, 0.2]))
 
 

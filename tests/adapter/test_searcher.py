@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -208,6 +209,68 @@ def test_one_beam_still_makes_a_tree_of_as_many_candidates(monkeypatch: pytest.M
 
 def search_of(searcher: Searcher) -> Candidates:
     return searcher.search(*inputs(1), -math.inf)
+
+
+def told_product_seconds(monkeypatch: pytest.MonkeyPatch, compiled_seconds: float, uncompiled_seconds: float) -> None:
+    """Let the clock say what products of one depth take; one row's are timed first."""
+    told = itertools.cycle([compiled_seconds, uncompiled_seconds])
+    monkeypatch.setattr(searcher, "_median_seconds", lambda function: (function(), next(told))[1])
+
+
+@pytest.mark.parametrize(("compiled_seconds", "is_used"), [(1.0, True), (2.0, False)])
+def test_products_of_one_row_are_compiled_where_that_is_faster(
+    compiled_seconds: float, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    found = make_searcher(width=1)
+    told_product_seconds(monkeypatch, compiled_seconds, 2.0)
+    assert (found._one_row is not None) is is_used
+    monkeypatch.setattr(Searcher, "seconds", lambda self, number: 0.0 if self._programs else 1.0)
+
+    found.compile(1)
+
+    searched = found.search(*inputs(1), -math.inf)
+    expected = make_searcher(width=1).search(*inputs(1), -math.inf)
+    assert torch.equal(searched.token_ids[:, 0], expected.token_ids[:, 0])
+    torch.testing.assert_close(searched.log_probs, expected.log_probs, rtol=0.0, atol=0.05)
+    # rounded weights show that it is they that were used
+    assert bool((searched.log_probs - expected.log_probs).abs().max() > 1e-4) is is_used
+    assert ("one row in 16" in str(found)) is is_used
+
+
+def test_one_row_is_only_looked_at_for_one_beam_of_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searcher.one_row, "for_one_row", pytest.fail)
+    monkeypatch.setattr(searcher, "_compiled", lambda function: function)
+
+    make_searcher(width=3).compile(1)
+    make_searcher(width=1).compile(searcher.SEVERAL)
+
+
+def test_products_of_one_row_that_do_not_compile_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(searcher.logger, "warning", lambda message, *args: warnings.append(message % args))
+
+    def refuse(state: object) -> None:
+        raise torch._dynamo.exc.Unsupported("no such thing")
+
+    monkeypatch.setattr(searcher.torch, "compile", lambda function, **how: refuse)
+
+    assert make_searcher(width=1)._one_row is None
+    assert warnings == ["The drafter's products are not compiled: torch.compile says 'no such thing'"]
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "will_compile", "expected"), [(1, True, 1), (1, False, 4), (searcher.SEVERAL, True, 4)]
+)
+def test_beams_must_be_worth_what_one_row_saves(
+    num_requests: int, will_compile: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_product_seconds(monkeypatch, 0.1, 0.2)  # saved: 0.1 at each of five depths
+    monkeypatch.setattr(Searcher, "seconds", lambda self, number: 2.0 if self.shape.width == 4 else 1.0)
+
+    found = make_searcher(width=4).narrowed(num_requests, 1.4, will_compile=will_compile)
+
+    assert found.shape.width == expected
 
 
 def test_times_are_measured_on_the_drafter_at_hand() -> None:

@@ -301,8 +301,11 @@ class Budget:
         nodes.sort(key=lambda node: node[0], reverse=True)
 
         batch_size, recent = len(log_probs), ratios.recent()
-        passes = self._passes(batch_size + len(nodes))[batch_size : batch_size + len(nodes) + 1]
-        seconds = [each * ratios.known.get(count, recent) + overhead for count, each in enumerate(passes)]
+        most_rows = batch_size + max([len(nodes), *ratios.known])
+        passes = self._passes(most_rows)[batch_size : most_rows + 1]
+        seen = [each * ratios.known.get(count, recent) + overhead for count, each in enumerate(passes)]
+        # fewer nodes never take longer: what says so was seen in a slow moment, and would never be seen again
+        seconds = list(itertools.accumulate(reversed(seen), min))[::-1][: 1 + len(nodes)]
         tokens = itertools.accumulate((chance for chance, _ in nodes), initial=float(batch_size))
         speeds = [expected / each for expected, each in zip(tokens, seconds, strict=True)]
         speed = max(speeds)
@@ -310,7 +313,7 @@ class Budget:
         extra = [after - before for before, after in itertools.pairwise(seconds[max(count - 1, 0) : count + 2])]
         # where times jump behind the last node, the ones before it have paid all the same
         last_chance = nodes[count - 1][0] if count > 0 else math.inf
-        marginal_probability = min(speed * max([0.0, *extra]), last_chance)
+        marginal_probability = min(speed * max(extra, default=0.0), last_chance)
         num_nodes = [0] * batch_size
         for _, request in nodes[:count]:
             num_nodes[request] += 1

@@ -35,10 +35,7 @@ class Int8Linear(nn.Module):
 
 
 def quantized(drafter: ReDrafter) -> ReDrafter:
-    """Return a copy in bf16 whose matrices have 8 bits, `input_proj` excepted, which is used in slices."""
+    """Return a copy in bf16 whose matrices have 8 bits, `input_proj` excepted."""
     small = copy.deepcopy(drafter).to(torch.bfloat16)
-    for parent in list(small.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name != "input_proj":
-                setattr(parent, name, Int8Linear(child))
+    small.replace_linear(Int8Linear)
     return small

@@ -101,7 +101,9 @@ class ReDrafterProposer:
             searchers = [searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= limit]
         if self.options.budget == "auto" and self.options.beam_width > 1:
             worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds(num_requests)
-            searchers = [searcher.narrowed(num_requests, worth) for searcher in searchers]
+            searchers = [
+                searcher.narrowed(num_requests, worth, will_compile=self.is_compiling) for searcher in searchers
+            ]
         if self.is_compiling:
             for searcher in searchers:
                 searcher.compile(num_requests)

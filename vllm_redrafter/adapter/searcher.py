@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from vllm.logger import init_logger
 
+from vllm_redrafter.adapter import one_row
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
-from vllm_redrafter.core.drafter import Embed, ReDrafter
+from vllm_redrafter.core.drafter import DraftState, Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -32,6 +34,14 @@ _NUM_TIMED = 7
 
 _WHILE_SERVING: Literal["eager_on_recompile", "fail_on_recompile"] = "eager_on_recompile"
 """What torch.compile does with a search that it has no code for: compiling it now would hold up all requests."""
+
+
+class _OneRow(NamedTuple):
+    """How one beam of one request is searched where the products of one row are compiled."""
+
+    drafter: ReDrafter
+    saved_seconds: float
+    """Per search."""
 
 
 class Searcher:
@@ -58,6 +68,8 @@ class Searcher:
         how = "compiled" if self._programs else "uncompiled"
         tensors = itertools.chain(self.drafter.parameters(), self.drafter.buffers())
         num_bytes = min((each.itemsize for each in tensors if each.ndim == 2), default=self._dtype.itemsize)
+        if False in self._programs and self._one_row is not None:
+            how = "one row in 16, compiled"
         return f"{self.shape.width} x {self.shape.length} tokens, weights in {8 * num_bytes} bits, {how}"
 
     @torch.inference_mode()
@@ -88,13 +100,17 @@ class Searcher:
         most = max(len(self._no_noise), _MOST_TOGETHER if several else 1)
         with torch.inference_mode():  # what is searched with while serving must be no other kind of tensor
             self._no_noise = torch.zeros(most, self.shape.length, self.drafter.config.head_size)
-        self._programs[several] = _Program(self._search, self.shape.length, is_dynamic=several)
+        search = self._search
+        if not several and self._one_row is not None:
+            search = BeamSearch(self._one_row.drafter, self._embed, self.shape, self._num_candidates, SHARPNESS)
+        self._programs[several] = _Program(search, self.shape.length, is_dynamic=several)
         try:
             is_faster = self.seconds(num_requests) < eager_seconds
         except RuntimeError as error:  # torch's compilers raise many kinds of it
             is_faster = False
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning("Drafts are searched for uncompiled, which takes longer: torch.compile says %r", reason)
+            logger.warning(
+                "Drafts are searched for uncompiled, which takes longer: torch.compile says %r", _first_line(error)
+            )
         if not is_faster:
             del self._programs[several]
 
@@ -112,11 +128,35 @@ class Searcher:
         state = self.drafter.start(hidden)
         return _median_seconds(lambda: self.drafter.logits(state))
 
-    def narrowed(self, num_requests: int, most_seconds: float) -> Searcher:
-        """Return a search with one beam if all of them take more than so much longer, uncompiled; else this one."""
+    def narrowed(self, num_requests: int, most_seconds: float, *, will_compile: bool = False) -> Searcher:
+        """Return a search with one beam if all of them take more than so much longer; else this one.
+
+        Both are timed uncompiled, but it counts what `compile` will save on products of one row alone.
+        """
         shape = self.shape._replace(width=1)
         narrow = Searcher(self.drafter, self._dtype, self._embed, shape, self._num_candidates)
-        return narrow if self.seconds(num_requests) > narrow.seconds(num_requests) + most_seconds else self
+        seconds = narrow.seconds(num_requests)
+        if will_compile and num_requests == 1 and narrow._one_row is not None:
+            seconds -= narrow._one_row.saved_seconds
+        return narrow if self.seconds(num_requests) > seconds + most_seconds else self
+
+    @functools.cached_property
+    def _one_row(self) -> _OneRow | None:
+        """How one request is searched for in the place of `_search`; None where that is not faster."""
+        drafter = one_row.for_one_row(self.drafter) if self.shape.width == 1 else None
+        if drafter is None:
+            return None
+        hidden = torch.zeros(1, 1, self.drafter.config.input_size, dtype=self._dtype)
+        score: Callable[[DraftState], torch.Tensor] = torch.compile(drafter.logits, fullgraph=True, **_how_compiled())
+        try:
+            with torch.inference_mode():
+                state = drafter.start(hidden)
+                seconds = _median_seconds(lambda: score(state))
+        except RuntimeError as error:
+            logger.warning("The drafter's products are not compiled: torch.compile says %r", _first_line(error))
+            return None
+        saved_seconds = self.shape.length * (self.scoring_seconds(1) - seconds)
+        return _OneRow(drafter, saved_seconds) if saved_seconds > 0 else None
 
 
 class _Program:
@@ -180,11 +220,18 @@ def _extended(
     return beam_search.join(depths), beams
 
 
-def _compiled(function: Callable[..., tuple[Candidates, Beams]]) -> Callable[..., tuple[Candidates, Beams]]:
+def _how_compiled() -> dict[str, Any]:
     # a wrapper in Python would be half of what is to be saved; without isolation, all engines that a process has had
     # share one limit of recompilations (torch's type stubs do not know of it)
-    how: dict[str, Any] = {"options": {"cpp_wrapper": True}, "isolate_recompiles": True}
-    compiled: Callable[..., tuple[Candidates, Beams]] = torch.compile(function, fullgraph=True, **how)
+    return {"options": {"cpp_wrapper": True}, "isolate_recompiles": True}
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _compiled(function: Callable[..., tuple[Candidates, Beams]]) -> Callable[..., tuple[Candidates, Beams]]:
+    compiled: Callable[..., tuple[Candidates, Beams]] = torch.compile(function, fullgraph=True, **_how_compiled())
     return compiled
 
 

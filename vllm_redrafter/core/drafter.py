@@ -151,6 +151,22 @@ class ReDrafter(nn.Module):
         self.rnn_w = nn.Identity()
         return folded
 
+    def replace_linear(self, make: Callable[[nn.Linear], nn.Module]) -> int:
+        """Put other modules in the place of linear layers, `input_proj` excepted, which is used in slices.
+
+        For serving: the drafter can no longer be trained or saved.
+
+        Returns:
+            How many were replaced.
+        """
+        num_replaced = 0
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and name != "input_proj":
+                    setattr(parent, name, make(child))
+                    num_replaced += 1
+        return num_replaced
+
     def target_ids(self) -> torch.Tensor | None:
         """Return the target's id for every row of the head, [draft_vocab_size], or None where they are the same."""
         if self.d2t is None:
