@@ -424,6 +424,23 @@ def test_beams_that_take_more_than_they_bring_are_not_searched(
     assert tuple(searcher.shape.width for searcher in searchers_used(proposer, monkeypatch)) == expected
 
 
+@pytest.mark.parametrize("mode", [CompilationMode.VLLM_COMPILE, CompilationMode.NONE])
+def test_beams_are_weighed_against_what_will_be_compiled_where_the_target_is(
+    mode: CompilationMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests: None)
+    monkeypatch.setattr(
+        Searcher, "narrowed", lambda self, number, most_seconds, *, will_compile: (told.append(will_compile), self)[1]
+    )
+    proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "auto"), mode=mode)
+    proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
+
+    proposer.tune(lambda num_rows: 0.0)
+
+    assert told == [mode == CompilationMode.VLLM_COMPILE] * 2
+
+
 def test_what_is_asked_for_is_searched_where_the_budget_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "fixed"))
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
