@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.architectures import quantize_to_int8
 from tests.engine.conftest import TinyPair
@@ -37,10 +38,18 @@ def ranked(pair: TinyPair) -> Workload:
     return Workload([Request(prompt, {**GREEDY, "logprobs": 5}) for prompt in pair.prompts])
 
 
+needs_avx512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM has fp8 KV caches on CPUs with AVX-512 only"
+)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp8_e5m2"}, {"block_size": 128}],
-    ids=["fp8 KV cache", "fp8 KV cache with 5 bits of exponent", "blocks of 128"],
+    [
+        pytest.param({"kv_cache_dtype": "fp8"}, id="fp8 KV cache", marks=needs_avx512),
+        pytest.param({"kv_cache_dtype": "fp8_e5m2"}, id="fp8 KV cache with 5 bits of exponent", marks=needs_avx512),
+        pytest.param({"block_size": 128}, id="blocks of 128"),
+    ],
 )
 def test_text_is_that_of_plain_vllm(engines: EnginePool, tiny_pair: TinyPair, options: dict[str, Any]) -> None:
     workload = workload_of(tiny_pair)
@@ -60,7 +69,11 @@ def test_text_is_that_of_plain_vllm_when_both_are_compiled(engines: EnginePool, 
     assert_trees_were_accepted(drafted)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, pytest.param({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, marks=needs_avx512)],
+    ids=str,
+)
 def test_text_in_bf16_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
     engines: EnginePool, tiny_pair: TinyPair, options: dict[str, Any]
 ) -> None:
