@@ -143,12 +143,12 @@ def test_a_compiled_search_may_be_short(length: int, monkeypatch: pytest.MonkeyP
 
 def test_programs_of_many_engines_do_not_use_up_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     warnings: list[str] = []
     monkeypatch.setattr(searcher.logger, "warning", lambda message, *args: warnings.append(message % args))
 
-    for width in (1, 2, 3):
-        make_searcher(width=width).compile(1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (1, 2, 3):
+            make_searcher(width=width).compile(1)
 
     assert warnings == []
 
