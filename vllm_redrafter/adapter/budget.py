@@ -385,7 +385,7 @@ def _non_decreasing(hits: Sequence[float], counts: Sequence[float]) -> list[floa
             before = pools.pop()
             pool = (before[0] + pool[0], before[1] + pool[1], before[2] + pool[2])
         pools.append(pool)
-    return [hits / counts for hits, counts, num_bins in pools for _ in range(num_bins)]
+    return [pool[0] / pool[1] for pool in pools for _ in range(pool[2])]
 
 
 def _median(values: Sequence[float], default: float) -> float:

@@ -32,7 +32,10 @@ class OneRowLinear(nn.Module):
 
 
 def for_one_row(drafter: ReDrafter) -> ReDrafter | None:
-    """Return a copy that computes so, or None where its largest matrix cannot: a head that the target has lent."""
+    """Return a copy that computes so.
+
+    None where that changes little or nothing: the head, the largest matrix, is lent, or all have 8 bits already.
+    """
     if drafter.config.tie_lm_head:
         return None
     changed = copy.deepcopy(drafter)

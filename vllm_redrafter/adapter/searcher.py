@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from vllm.logger import init_logger
@@ -17,9 +17,11 @@ from vllm_redrafter.adapter import one_row
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
-from vllm_redrafter.core.drafter import DraftState, Embed, ReDrafter
+from vllm_redrafter.core.drafter import Embed, ReDrafter
 
 logger = init_logger(f"vllm.{__name__}")
+
+Found = TypeVar("Found")
 
 SEVERAL = 4
 """Requests that stand for all batches of more than one, where something is timed."""
@@ -147,7 +149,7 @@ class Searcher:
         if drafter is None:
             return None
         hidden = torch.zeros(1, 1, self.drafter.config.input_size, dtype=self._dtype)
-        score: Callable[[DraftState], torch.Tensor] = torch.compile(drafter.logits, fullgraph=True, **_how_compiled())
+        score = _compiled(drafter.logits)
         try:
             with torch.inference_mode():
                 state = drafter.start(hidden)
@@ -220,18 +222,15 @@ def _extended(
     return beam_search.join(depths), beams
 
 
-def _how_compiled() -> dict[str, Any]:
-    # a wrapper in Python would be half of what is to be saved; without isolation, all engines that a process has had
-    # share one limit of recompilations (torch's type stubs do not know of it)
-    return {"options": {"cpp_wrapper": True}, "isolate_recompiles": True}
-
-
 def _first_line(error: RuntimeError) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _compiled(function: Callable[..., tuple[Candidates, Beams]]) -> Callable[..., tuple[Candidates, Beams]]:
-    compiled: Callable[..., tuple[Candidates, Beams]] = torch.compile(function, fullgraph=True, **_how_compiled())
+def _compiled(function: Callable[..., Found]) -> Callable[..., Found]:
+    # a wrapper in Python would be half of what is to be saved; without isolation, all engines that a process has had
+    # share one limit of recompilations (torch's type stubs do not know of it)
+    how: dict[str, Any] = {"options": {"cpp_wrapper": True}, "isolate_recompiles": True}
+    compiled: Callable[..., Found] = torch.compile(function, fullgraph=True, **how)
     return compiled
 
 
