@@ -20,6 +20,7 @@ if find_spec("triton") is not None:
         patch.setenv("TRITON_INTERPRET", "1")
         for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
             importlib.import_module(module.name)
+        importlib.import_module("tests.kernels.interpreter").patch_the_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,7 +32,7 @@ from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 from vllm.v1.worker.gpu.warmup import warmup_kernels
 
 from tests.engine.v2 import recorded_graphs
-from tests.kernels.interpreter import multiply_bf16
+from tests.kernels.interpreter import multiply_bf16, patch_the_language_once
 
 RECORDS_GRAPHS = os.environ.get("RECORD_CUDA_GRAPHS") == "1"
 """Whether CUDA graphs are captured, as `recorded_graphs` does."""
@@ -45,6 +45,7 @@ def register() -> None:
     The backend goes in that of vLLM's own, the only one it chooses on a CPU.
     """
     multiply_bf16()
+    patch_the_language_once()
     topk_topp_sampler.HAS_TRITON = False
     StructuredOutputsWorker.apply_grammar_bitmask = apply_grammar_bitmask
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{PagedAttentionBackend.__name__}")
