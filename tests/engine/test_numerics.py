@@ -17,8 +17,8 @@ pytestmark = pytest.mark.engine
 
 GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 1.0}
-LARGEST_TIE = 0.25
-"""Two steps of bf16 between logits of 16 to 32, in log-probability."""
+LARGEST_TIE = 0.5
+"""Four steps of bf16 between logits of 16 to 32, in log-probability; where a commit is missing it is three and more."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Under model runner V2: targets on two ranks, with LoRA adapters, and in bf16."""
+"""Under model runner V2: targets on two ranks, with LoRA adapters, in bf16 and in int8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine import tiny_models
-from tests.engine.architectures import save_random_lora
+from tests.engine.architectures import quantize_to_int8, save_random_lora
 from tests.engine.engine_process import EnginePool, Request, Workload, assert_same_answers
 from tests.engine.test_numerics import assert_only_ties_differ
 from tests.engine.v2.conftest import V2Pair
@@ -80,4 +80,18 @@ def test_text_in_bf16_leaves_that_of_plain_vllm_only_where_two_tokens_tie(engine
     drafted = engines.run(v2_pair.drafted(dtype="bfloat16"), workload)
 
     assert_only_ties_differ(drafted, engines, v2_pair.plain(dtype="bfloat16"), v2_pair.prompts)
+    assert drafted.stats["num_branch_acceptances"] > 0
+
+
+def test_text_of_an_int8_target_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
+    engines: EnginePool, v2_pair: V2Pair, tmp_path: Path
+) -> None:
+    pair = v2_pair._replace(target=quantize_to_int8(Path(v2_pair.target), tmp_path / "target"))
+
+    # in bf16: with AMX vLLM's own int8 kernel takes nothing else
+    drafted = engines.run(
+        pair.drafted(dtype="bfloat16"), Workload([Request(prompt, GREEDY) for prompt in pair.prompts])
+    )
+
+    assert_only_ties_differ(drafted, engines, pair.plain(dtype="bfloat16"), pair.prompts)
     assert drafted.stats["num_branch_acceptances"] > 0
