@@ -1,4 +1,4 @@
-"""Imports the kernels for Triton's interpreter, and runs the tests of engines first.
+"""Imports the kernels for Triton's interpreter, and runs the tests that start engines first.
 
 Triton asks for TRITON_INTERPRET when it is imported and again when a kernel is, so both happen here, before any test
 can import Triton otherwise. The variable does not stay: what a test starts runs as it would anywhere. On a GPU the
@@ -25,4 +25,4 @@ if find_spec("triton") is not None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put those files first of which a test takes minutes: begun last, they would leave the other processes idle."""
-    items.sort(key=lambda item: "engine" not in item.path.parts)
+    items.sort(key=lambda item: not {"engine", "examples"}.intersection(item.path.parts))
