@@ -17,8 +17,8 @@ pytestmark = pytest.mark.engine
 
 GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 1.0}
-LARGEST_TIE = 0.5
-"""Four steps of bf16 between logits of 16 to 32, in log-probability; where a commit is missing it is three and more."""
+LARGEST_TIE = 0.25
+"""Two steps of bf16 between logits of 16 to 32, in log-probability; where a commit is missing it is three and more."""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,11 @@ def assert_trees_were_accepted(drafted: Result) -> None:
 
 
 def assert_only_ties_differ(
-    drafted: Result, engines: EnginePool, plain: Engine, prompts: Sequence[Sequence[int]]
+    drafted: Result,
+    engines: EnginePool,
+    plain: Engine,
+    prompts: Sequence[Sequence[int]],
+    largest_tie: float = LARGEST_TIE,
 ) -> None:
     """Have plain vLLM read the greedy texts: there is no token of which it would not nearly have taken each itself."""
     texts = [tokens for answer in drafted.token_ids() if answer is not None for tokens in answer]
@@ -113,4 +117,4 @@ def assert_only_ties_differ(
         assert answer is not None
         ranks = answer["prompt_logprobs"][-len(tokens) :]
         gaps = [max(rank.values()) - rank[str(token)] for rank, token in zip(ranks, tokens, strict=True)]
-        assert max(gaps) <= LARGEST_TIE, f"request {index}: plain vLLM takes other tokens, by {gaps}"
+        assert max(gaps) <= largest_tie, f"request {index}: plain vLLM takes other tokens, by {gaps}"

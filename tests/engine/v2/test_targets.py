@@ -16,6 +16,8 @@ pytestmark = pytest.mark.engine
 
 GREEDY = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "detokenize": False}
 SEEDED = {**GREEDY, "temperature": 1.0, "max_tokens": 12}
+LARGEST_TIE = 0.5
+"""Four steps of bf16, in log-probability: the kernel of trees rounds otherwise than the stand-in for a stock one."""
 TWO_RANKS = {
     # one rank per core at most, wherever the system puts it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -79,7 +81,7 @@ def test_text_in_bf16_leaves_that_of_plain_vllm_only_where_two_tokens_tie(engine
 
     drafted = engines.run(v2_pair.drafted(dtype="bfloat16"), workload)
 
-    assert_only_ties_differ(drafted, engines, v2_pair.plain(dtype="bfloat16"), v2_pair.prompts)
+    assert_only_ties_differ(drafted, engines, v2_pair.plain(dtype="bfloat16"), v2_pair.prompts, LARGEST_TIE)
     assert drafted.stats["num_branch_acceptances"] > 0
 
 
@@ -93,5 +95,5 @@ def test_text_of_an_int8_target_leaves_that_of_plain_vllm_only_where_two_tokens_
         pair.drafted(dtype="bfloat16"), Workload([Request(prompt, GREEDY) for prompt in pair.prompts])
     )
 
-    assert_only_ties_differ(drafted, engines, pair.plain(dtype="bfloat16"), pair.prompts)
+    assert_only_ties_differ(drafted, engines, pair.plain(dtype="bfloat16"), pair.prompts, LARGEST_TIE)
     assert drafted.stats["num_branch_acceptances"] > 0
