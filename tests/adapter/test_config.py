@@ -240,6 +240,8 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
         ({"beam_length": 5, "draft_length": 4}, "draft_length and beam_length are both given.*keep one"),
         ({"budget": "never"}, 'budget is \'never\', but it must be "auto" or "fixed"'),
         ({"budget": None}, "budget is None"),
+        ({"pack_target": 1}, "pack_target is 1, but it must be true or false"),
+        ({"pack_target": "never"}, "pack_target is 'never'"),
         ({"revision": "main"}, "revision 'main' was given with the directory.*leave it out"),
     ],
     ids=lambda value: ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -470,6 +472,16 @@ def test_more_beams_than_a_kernel_holds_are_refused_under_v2(v2: None, drafter: 
 
 def test_more_beams_than_that_are_searched_under_v1(drafter: str) -> None:
     assert read_options({"model": drafter, "beam_width": 65}, target_config()).beam_width == 65
+
+
+def test_packing_the_target_is_refused_under_v2(v2: None, drafter: str) -> None:
+    with pytest.raises(ValueError, match="pack_target is for CPUs, and does nothing under model runner V2: leave it"):
+        options_for({"model": drafter, "pack_target": False})
+
+
+@pytest.mark.parametrize("pack_target", [True, False, None])
+def test_packing_the_target_may_be_asked_for_and_refused(drafter: str, *, pack_target: bool | None) -> None:
+    assert options_for({"model": drafter, "pack_target": pack_target}).pack_target is pack_target
 
 
 def test_an_automatic_budget_is_refused_under_v2(v2: None, drafter: str) -> None:

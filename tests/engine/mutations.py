@@ -78,6 +78,18 @@ def attend_to_every_earlier_node() -> Iterator[None]:
 
 
 @contextmanager
+def swap_rows_of_packed_products() -> Iterator[None]:
+    """Give every row the products of its neighbour where the target's packed matrices multiply."""
+    from vllm_redrafter.kernels.few_rows import PackedMatrix
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, x, bias, out: original(self, x.roll(1, dims=0), bias, out)
+
+    with replaced(PackedMatrix, "linear", wrap):
+        yield
+
+
+@contextmanager
 def draft_from_the_neighbours_state() -> Iterator[None]:
     """Hand the drafter the hidden state of another request: useless drafts, and no other text."""
     from vllm_redrafter.adapter.runner import TreeModelRunner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.architectures import quantize_to_int8
-from tests.engine.conftest import TinyPair
+from tests.engine.conftest import FIXED, TinyPair
 from tests.engine.engine_process import Engine, EnginePool, Request, Result, Workload, assert_same_answers
 
 pytestmark = pytest.mark.engine
@@ -68,6 +69,23 @@ def test_text_is_that_of_plain_vllm_when_both_are_compiled(engines: EnginePool, 
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(enforce_eager=None), workload))
     assert_trees_were_accepted(drafted)
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": None}], ids=["eager", "compiled"])
+def test_text_is_that_of_plain_vllm_with_packed_matrices(
+    engines: EnginePool, tiny_pair: TinyPair, options: dict[str, Any]
+) -> None:
+    workload = workload_of(tiny_pair)
+    plain = engines.run(tiny_pair.plain(**options), workload)
+    packed = tiny_pair.drafted({**FIXED, "pack_target": True}, **options)
+
+    drafted = engines.run(packed, workload)
+
+    assert_same_answers(drafted, plain)
+    assert_trees_were_accepted(drafted)
+    broken = engines.run(packed, replace(workload, mutation="swap_rows_of_packed_products"))
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_answers(broken, plain)
 
 
 @pytest.mark.parametrize(

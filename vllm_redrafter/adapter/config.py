@@ -58,6 +58,8 @@ class ReDrafterOptions:
     """Tokens drafted per beam."""
     budget: str
     """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
+    pack_target: bool | None = None
+    """Whether a CPU holds the target's fp32 matrices once more, packed for a few rows; None: where that is quicker."""
     fused_layers: list[int] | None = None
     """Layers whose outputs the drafter sees; not the user's to choose, but vLLM's compile cache is keyed by options."""
 
@@ -84,6 +86,7 @@ _KEYS = (
     "draft_length",
     "beam_length",
     "budget",
+    "pack_target",
 )
 
 
@@ -185,7 +188,8 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
             f"beam_width is {width}, but under model runner V2 at most {MAX_BEAMS} beams are searched: ask for fewer"
         )
     length = _draft_length(request, config)
-    return ReDrafterOptions(str(directory), num_nodes, width, length, budget, config.fused_layers)
+    pack_target = _pack_target(request)
+    return ReDrafterOptions(str(directory), num_nodes, width, length, budget, pack_target, config.fused_layers)
 
 
 def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:
@@ -232,6 +236,17 @@ def _budget(request: dict[str, Any]) -> str:
             f'leave it out or say "fixed", and give sizes by batch size in {_SCHEDULE}'
         )
     return str(budget)
+
+
+def _pack_target(request: dict[str, Any]) -> bool | None:
+    pack_target = request.get("pack_target")
+    if pack_target is None:
+        return None
+    if not isinstance(pack_target, bool):
+        raise ValueError(f"pack_target is {pack_target!r}, but it must be true or false")
+    if support.uses_v2():
+        raise ValueError("pack_target is for CPUs, and does nothing under model runner V2: leave it out")
+    return pack_target
 
 
 def _schedule(request: dict[str, Any]) -> dict[str, Any]:

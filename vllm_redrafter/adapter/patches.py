@@ -203,6 +203,8 @@ CONTRACTS = (
         "cpu_attention_with_kv_cache",
         ("query", "key_cache", "value_cache", "output", "query_start_loc", "seq_lens"),
     ),
+    Contract("vllm._custom_ops", "create_onednn_mm", ("weight", "primitive_cache_size")),
+    Contract("vllm._custom_ops", "onednn_mm", ("dnnl_handler", "x", "bias")),
     Contract("vllm.v1.attention.backends.registry", "register_backend", ("backend", "class_path")),
     Contract("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Contract("vllm.v1.sample.sampler", "Sampler.greedy_sample", ("logits",)),

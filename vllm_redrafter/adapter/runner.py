@@ -38,6 +38,7 @@ from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.searcher import SEVERAL
 from vllm_redrafter.adapter.stats import Stats
+from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
 from vllm_redrafter.core.beam_search import Candidates
@@ -69,14 +70,17 @@ class TreeModelRunner(CPUModelRunner):
         self._draft_seconds: float | None = None
         self._decoding: set[str] = set()
         self._has_foresight = foresight.is_possible(self.sampler)
+        self._matrices = TargetMatrices(self.drafter.options.pack_target)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load target and drafter as vLLM does."""
-        super().load_model(*args, **kwargs)
+        """Load target and drafter as vLLM does, and pack the target's matrices for the rows of trees."""
+        with self._matrices.packed():
+            super().load_model(*args, **kwargs)
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
-        """Let the drafter choose how to search, by the times of forward passes where the choice depends on them."""
+        """Choose how the target multiplies, then how the drafter searches, by what takes the least time here."""
+        self._matrices.tune()
         options = self.drafter.options
         if options.budget == "auto":
             times = self._measured(self.max_num_reqs * (1 + options.num_speculative_tokens))

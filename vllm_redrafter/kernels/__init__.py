@@ -1,4 +1,7 @@
-"""What runs on the GPU, in Triton: every kernel stands beside its twin in plain torch, under one name and signature."""
+"""What runs on the GPU, in Triton: every kernel stands beside its twin in plain torch, under one name and signature.
+
+`few_rows` alone is for CPUs.
+"""
 
 from __future__ import annotations
 

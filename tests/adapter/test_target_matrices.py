@@ -1,0 +1,163 @@
+"""Which of a target's products packed matrices serve; all others stay vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from vllm import _custom_ops
+from vllm.platforms import current_platform
+
+from vllm_redrafter.adapter import target_matrices
+from vllm_redrafter.adapter.target_matrices import TargetMatrices
+from vllm_redrafter.kernels.few_rows import PackedMatrix
+
+current_platform.import_kernels()
+WEIGHT = torch.arange(48.0 * 32).view(48, 32) % 7
+
+
+@pytest.fixture
+def packed_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The numbers of rows that packed matrices have multiplied."""
+    rows: list[int] = []
+    original = PackedMatrix.linear
+
+    def linear(self: PackedMatrix, x: torch.Tensor, *arguments: Any) -> None:
+        rows.append(len(x))
+        original(self, x, *arguments)
+
+    monkeypatch.setattr(PackedMatrix, "linear", linear)
+    yield rows
+    assert not target_matrices._served  # every test's handlers are gone, and their matrices with them
+
+
+def load(matrices: TargetMatrices, weight: torch.Tensor = WEIGHT) -> Any:
+    """Load a layer as vLLM does; return oneDNN's handler."""
+    with matrices.packed():
+        return _custom_ops.create_onednn_mm(weight.t(), 32)
+
+
+def check(handler: Any, num_rows: int, bias: torch.Tensor | None = None) -> None:
+    x = torch.arange(num_rows * 32.0).view(num_rows, 32) % 5
+    assert torch.equal(_custom_ops.onednn_mm(handler, x, bias), functional.linear(x, WEIGHT, bias))
+
+
+def test_few_rows_are_multiplied_by_packed_matrices_and_more_by_vllm(packed_rows: list[int]) -> None:
+    handler = load(TargetMatrices(wanted=True))
+
+    check(handler, 1)
+    check(handler, 64, bias=torch.arange(48.0))
+    check(handler, 65)
+
+    assert packed_rows == [1, 64]
+
+
+def test_layers_loaded_before_and_after_are_left_alone(packed_rows: list[int]) -> None:
+    stock = _custom_ops.create_onednn_mm
+    before = stock(WEIGHT.t(), 32)
+    handler = load(TargetMatrices(wanted=True))
+    after = _custom_ops.create_onednn_mm(WEIGHT.t(), 32)
+
+    check(before, 2)
+    check(after, 2)
+
+    assert packed_rows == []
+    assert _custom_ops.create_onednn_mm is stock
+    check(handler, 2)
+
+
+def test_a_load_that_fails_leaves_vllm_as_it_was(packed_rows: list[int]) -> None:
+    stock = _custom_ops.create_onednn_mm
+
+    with pytest.raises(ValueError, match="no such file"), TargetMatrices(wanted=True).packed():
+        raise ValueError("no such file")
+
+    assert _custom_ops.create_onednn_mm is stock
+
+
+def test_a_matrix_goes_with_its_layer(packed_rows: list[int]) -> None:
+    handler = load(TargetMatrices(wanted=True))
+    assert len(target_matrices._served) == 1
+
+    del handler
+
+    assert not target_matrices._served
+
+
+@pytest.mark.parametrize("wanted", [None, False])
+def test_small_targets_are_packed_only_where_that_was_asked_for(wanted: bool | None, packed_rows: list[int]) -> None:
+    matrices = TargetMatrices(wanted)
+    handler = load(matrices)
+
+    matrices.tune()
+
+    check(handler, 2)
+    assert packed_rows == []
+    assert not target_matrices._served
+
+
+def test_a_large_target_is_packed_unless_that_was_refused(
+    packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", WEIGHT.nbytes)
+    handlers = [load(TargetMatrices()), load(TargetMatrices(wanted=False))]
+
+    assert len(target_matrices._served) == 1
+    del handlers
+
+
+def test_other_number_formats_stay_with_vllm(packed_rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_custom_ops, "create_onednn_mm", lambda weight, size: object())
+
+    load(TargetMatrices(wanted=True), WEIGHT.bfloat16())
+
+    assert not target_matrices._served
+
+
+@pytest.mark.parametrize(("packed_seconds", "most_rows"), [([1, 1, 3], 8), ([3], 0), ([1] * 5, 64)])
+def test_the_most_rows_are_the_last_before_vllm_is_as_fast(
+    packed_seconds: list[float], most_rows: int, packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", 0)
+    matrices = TargetMatrices()
+    handler = load(matrices)
+    left = iter(packed_seconds)
+    monkeypatch.setattr(matrices, "_seconds", lambda rows, most_rows: next(left) if most_rows else 2.0)
+
+    matrices.tune()
+
+    assert matrices.most_rows == most_rows
+    check(handler, max(1, most_rows))
+    check(handler, most_rows + 1)
+    assert packed_rows == [most_rows][: most_rows > 0]
+
+
+def test_both_ways_are_timed_with_the_rows_in_question(packed_rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", 0)
+    matrices = TargetMatrices()
+    handler = load(matrices)
+
+    seconds = [matrices._seconds(8, most_rows) for most_rows in (8, 0)]
+
+    assert min(seconds) > 0
+    assert packed_rows == [8] * target_matrices._NUM_TIMED
+    del handler
+
+
+def test_without_a_compiler_all_products_stay_with_vllm_and_a_warning_says_so(
+    packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(weight: torch.Tensor) -> None:
+        raise RuntimeError("no C++ compiler\nfound anywhere")
+
+    warnings: list[str] = []
+    monkeypatch.setattr(target_matrices, "PackedMatrix", fail)
+    monkeypatch.setattr(target_matrices.logger, "warning", lambda message, *values: warnings.append(message % values))
+    handler = load(TargetMatrices(wanted=True))
+
+    check(handler, 3)
+    assert packed_rows == []
+    assert warnings == ["The target's matrices are not packed, so that rows cost more: no C++ compiler"]

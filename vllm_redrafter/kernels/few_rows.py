@@ -1,0 +1,69 @@
+"""`linear` in fp32 on a CPU for the few rows of a verified tree; its twin is torch's own.
+
+Libraries for products of matrices take a row more to be work; where memory is what limits, up to a dozen rows take
+the time of one (`few_rows.cpp`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+class PackedMatrix:
+    """A weight in the layout that `linear` reads.
+
+    Args:
+        weight: [outputs, inputs] fp32, on the CPU; it is copied.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or it fails.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        width = int(_library().panel_width())
+        self.num_outputs, self.num_inputs = weight.shape
+        padded = functional.pad(weight.detach(), (0, 0, 0, -self.num_outputs % width))
+        self._panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
+        self._linear = _library().linear
+
+    @property
+    def num_bytes(self) -> int:
+        """What the packed copy takes."""
+        return self._panels.nbytes
+
+    def linear(
+        self,
+        x: torch.Tensor,  # [rows, inputs] fp32
+        bias: torch.Tensor | None,  # [outputs] fp32
+        out: torch.Tensor,  # [rows, outputs] fp32, contiguous
+    ) -> None:
+        """Write `x @ weight.T + bias`; a row's result does not depend on the other rows."""
+        x = x.contiguous()
+        self._linear(
+            x.data_ptr(),
+            self._panels.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            self.num_inputs,
+            self.num_outputs,
+        )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    # torch.compile's own way to a compiler: it finds one, tells processors apart, and keeps what it has compiled
+    from torch._inductor.codecache import CppCodeCache
+
+    library: ctypes.CDLL = CppCodeCache.load(_SOURCE.read_text())
+    library.panel_width.restype = ctypes.c_int64
+    library.linear.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3]
+    library.linear.restype = None
+    return library
