@@ -1,7 +1,8 @@
 """The target's matrices for the few rows that a step verifies: packed once more, for products that read them once.
 
 vLLM multiplies fp32 with oneDNN, which takes longer for five rows than for one even where reading the weights is all
-the work there is. Up to how many rows the packed copies are quicker is measured at start; the rest stays vLLM's.
+the work there is. Up to how many rows the packed copies are quicker is measured at start; the rest stays vLLM's. This
+goes when vLLM's own products of few rows take the time of one.
 """
 
 from __future__ import annotations
