@@ -130,6 +130,7 @@ def test_the_most_rows_are_the_last_before_vllm_is_as_fast(
     matrices.tune()
 
     assert matrices.most_rows == most_rows
+    assert len(target_matrices._served) == (most_rows > 0)
     check(handler, max(1, most_rows))
     check(handler, most_rows + 1)
     assert packed_rows == [most_rows][: most_rows > 0]

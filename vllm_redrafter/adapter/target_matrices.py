@@ -88,7 +88,7 @@ class TargetMatrices:
 
     @torch.inference_mode()
     def tune(self) -> None:
-        """Find out up to how many rows the packed matrices are quicker."""
+        """Find out up to how many rows the packed matrices are quicker, and forget them if they never are."""
         if not self._entries or self._wanted is not None:
             return
         quicker = 0
@@ -98,6 +98,10 @@ class TargetMatrices:
                 break
             quicker = num_rows
         self.most_rows = quicker
+        if not quicker:
+            for entry in self._entries:
+                del _served[int(entry.handler_tensor.item())]
+            self._entries = []
         gib = sum(entry.matrix.num_bytes for entry in self._entries) / (1 << 30)
         logger.info("Products of up to %d rows read packed copies of the target's matrices (%.2f GiB)", quicker, gib)
 
