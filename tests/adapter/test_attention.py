@@ -19,6 +19,7 @@ from tests.adapter.trees import draft_tree, random_tree
 from vllm_redrafter.adapter import attention, tree_batch
 from vllm_redrafter.adapter.attention import Segment, TreeAttentionImpl, TreeAttentionMetadata
 from vllm_redrafter.adapter.runner import TreeModelRunner
+from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.adapter.tree_batch import path_to
 from vllm_redrafter.adapter.verification import Walk
 from vllm_redrafter.core.token_tree import TokenTree, attention_mask
@@ -406,6 +407,7 @@ def test_the_warm_up_pass_without_metadata_returns_its_output() -> None:
 def test_a_target_with_attention_of_another_kind_is_refused_when_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
     runner = object.__new__(TreeModelRunner)
+    runner._matrices = TargetMatrices(wanted=False)
     layers: dict[str, object] = {"layers.0": object.__new__(Attention)}
     runner.vllm_config = SimpleNamespace(  # type: ignore[assignment]
         compilation_config=SimpleNamespace(static_forward_context=layers)

@@ -476,11 +476,12 @@ def test_more_beams_than_that_are_searched_under_v1(drafter: str) -> None:
 
 def test_packing_the_target_is_refused_under_v2(v2: None, drafter: str) -> None:
     with pytest.raises(ValueError, match="pack_target is for CPUs, and does nothing under model runner V2: leave it"):
-        options_for({"model": drafter, "pack_target": False})
+        options_for({"model": drafter, "pack_target": True})
 
 
 @pytest.mark.parametrize("pack_target", [True, False, None])
-def test_packing_the_target_may_be_asked_for_and_refused(drafter: str, *, pack_target: bool | None) -> None:
+def test_packing_the_target_is_for_those_who_ask(drafter: str, *, pack_target: bool | None) -> None:
+    assert options_for({"model": drafter}).pack_target is False
     assert options_for({"model": drafter, "pack_target": pack_target}).pack_target is pack_target
 
 

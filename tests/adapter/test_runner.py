@@ -10,6 +10,7 @@ import torch
 from vllm_redrafter.adapter import runner as runner_module
 from vllm_redrafter.adapter.budget import Choice, StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
+from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.core.beam_search import Candidates
 
 # two children of the root, and two of the better one
@@ -58,7 +59,7 @@ def test_where_the_budget_is_fixed_passes_are_measured_once_if_a_drafter_asks(
 
     monkeypatch.setattr(runner_module.step_times, "measure", measure)
     runner = object.__new__(TreeModelRunner)
-    runner._budget, runner.max_num_reqs = None, max_num_reqs
+    runner._budget, runner.max_num_reqs, runner._matrices = None, max_num_reqs, TargetMatrices(wanted=False)
     runner.drafter = SimpleNamespace(
         options=SimpleNamespace(budget="fixed"), tune=lambda seconds: answers.extend(map(seconds, asked))
     )
