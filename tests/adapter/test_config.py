@@ -240,7 +240,7 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
         ({"beam_length": 5, "draft_length": 4}, "draft_length and beam_length are both given.*keep one"),
         ({"budget": "never"}, 'budget is \'never\', but it must be "auto" or "fixed"'),
         ({"budget": None}, "budget is None"),
-        ({"pack_target": 1}, "pack_target is 1, but it must be true or false"),
+        ({"pack_target": 1}, "pack_target is 1, but it must be true, false or null"),
         ({"pack_target": "never"}, "pack_target is 'never'"),
         ({"revision": "main"}, "revision 'main' was given with the directory.*leave it out"),
     ],

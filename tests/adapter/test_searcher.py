@@ -214,7 +214,7 @@ def search_of(searcher: Searcher) -> Candidates:
 def told_product_seconds(monkeypatch: pytest.MonkeyPatch, compiled_seconds: float, uncompiled_seconds: float) -> None:
     """Let the clock say what products of one depth take; one row's are timed first."""
     told = itertools.cycle([compiled_seconds, uncompiled_seconds])
-    monkeypatch.setattr(searcher, "_median_seconds", lambda function: (function(), next(told))[1])
+    monkeypatch.setattr(searcher, "median_seconds", lambda function: (function(), next(told))[1])
 
 
 @pytest.mark.parametrize(("compiled_seconds", "is_used"), [(1.0, True), (2.0, False)])

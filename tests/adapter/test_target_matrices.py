@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional
 from vllm import _custom_ops
 from vllm.platforms import current_platform
 
-from vllm_redrafter.adapter import target_matrices
+from vllm_redrafter.adapter import target_matrices, timing
 from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.kernels.few_rows import PackedMatrix
 
@@ -32,6 +33,14 @@ def packed_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(PackedMatrix, "linear", linear)
     yield rows
     assert not target_matrices._served  # every test's handlers are gone, and their matrices with them
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned about."""
+    said: list[str] = []
+    monkeypatch.setattr(target_matrices.logger, "warning", lambda message, *values: said.append(message % values))
+    return said
 
 
 def load(matrices: TargetMatrices, weight: torch.Tensor = WEIGHT) -> Any:
@@ -109,12 +118,27 @@ def test_a_large_target_is_packed_unless_that_was_refused(
     del handlers
 
 
-def test_other_number_formats_stay_with_vllm(packed_rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_is_not_packed_is_not_held_while_it_loads(packed_rows: list[int]) -> None:
+    weight = WEIGHT.clone()
+    original = weakref.ref(weight)
+
+    with TargetMatrices(wanted=False).packed():
+        handler = _custom_ops.create_onednn_mm(weight.t(), 32)
+        del weight
+        assert original() is None
+
+    check(handler, 2)
+
+
+def test_other_number_formats_stay_with_vllm_and_a_warning_says_so(
+    packed_rows: list[int], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_custom_ops, "create_onednn_mm", lambda weight, size: object())
 
     load(TargetMatrices(wanted=True), WEIGHT.bfloat16())
 
     assert not target_matrices._served
+    assert warnings == ["pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies"]
 
 
 @pytest.mark.parametrize(("packed_seconds", "most_rows"), [([1, 1, 3], 8), ([3], 0), ([1] * 5, 64)])
@@ -144,19 +168,17 @@ def test_both_ways_are_timed_with_the_rows_in_question(packed_rows: list[int], m
     seconds = [matrices._seconds(8, most_rows) for most_rows in (8, 0)]
 
     assert min(seconds) > 0
-    assert packed_rows == [8] * target_matrices._NUM_TIMED
+    assert packed_rows == [8] * (1 + timing.NUM_TIMED)
     del handler
 
 
 def test_without_a_compiler_all_products_stay_with_vllm_and_a_warning_says_so(
-    packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
+    packed_rows: list[int], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(weight: torch.Tensor) -> None:
         raise RuntimeError("no C++ compiler\nfound anywhere")
 
-    warnings: list[str] = []
     monkeypatch.setattr(target_matrices, "PackedMatrix", fail)
-    monkeypatch.setattr(target_matrices.logger, "warning", lambda message, *values: warnings.append(message % values))
     handler = load(TargetMatrices(wanted=True))
 
     check(handler, 3)

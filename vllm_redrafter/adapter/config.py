@@ -239,11 +239,9 @@ def _budget(request: dict[str, Any]) -> str:
 
 
 def _pack_target(request: dict[str, Any]) -> bool | None:
-    pack_target = request.get("pack_target", False)
-    if pack_target is None:
-        return None
-    if not isinstance(pack_target, bool):
-        raise ValueError(f"pack_target is {pack_target!r}, but it must be true or false")
+    pack_target: bool | None = request.get("pack_target", False)
+    if not isinstance(pack_target, bool | None):
+        raise ValueError(f"pack_target is {pack_target!r}, but it must be true, false or null")
     if pack_target and support.uses_v2():
         raise ValueError("pack_target is for CPUs, and does nothing under model runner V2: leave it out")
     return pack_target

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -15,6 +13,7 @@ from vllm.logger import init_logger
 
 from vllm_redrafter.adapter import one_row
 from vllm_redrafter.adapter.foresight import KnownDraws
+from vllm_redrafter.adapter.timing import median_seconds
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
@@ -28,11 +27,6 @@ SEVERAL = 4
 
 _MOST_TOGETHER = 16
 """Requests up to which a compiled search may be faster: with more, it is the products that take the time."""
-
-_EVICTED_BYTES = 1 << 26
-"""What is read before something is timed: a step reads the target's weights, and leaves the drafter's cold."""
-
-_NUM_TIMED = 7
 
 _WHILE_SERVING: Literal["eager_on_recompile", "fail_on_recompile"] = "eager_on_recompile"
 """What torch.compile does with a search that it has no code for: compiling it now would hold up all requests."""
@@ -121,14 +115,14 @@ class Searcher:
         """Return the time of a search to the full depth, the drafter's weights cold."""
         hidden = torch.zeros(num_requests, self.drafter.config.input_size)
         init_ids = torch.zeros(num_requests, dtype=torch.int64)
-        return _median_seconds(lambda: self.search(hidden, init_ids, -math.inf))
+        return median_seconds(lambda: self.search(hidden, init_ids, -math.inf))
 
     @torch.inference_mode()
     def scoring_seconds(self, num_requests: int) -> float:
         """Return the time of the products of one depth, the drafter's weights cold."""
         hidden = torch.zeros(num_requests * self.shape.width, self.drafter.config.input_size, dtype=self._dtype)
         state = self.drafter.start(hidden)
-        return _median_seconds(lambda: self.drafter.logits(state))
+        return median_seconds(lambda: self.drafter.logits(state))
 
     def narrowed(self, num_requests: int, most_seconds: float, *, will_compile: bool = False) -> Searcher:
         """Return a search with one beam if all of them take more than so much longer; else this one.
@@ -153,7 +147,7 @@ class Searcher:
         try:
             with torch.inference_mode():
                 state = drafter.start(hidden)
-                seconds = _median_seconds(lambda: score(state))
+                seconds = median_seconds(lambda: score(state))
         except RuntimeError as error:
             logger.warning("The drafter's products are not compiled: torch.compile says %r", _first_line(error))
             return None
@@ -232,15 +226,3 @@ def _compiled(function: Callable[..., Found]) -> Callable[..., Found]:
     how: dict[str, Any] = {"options": {"cpp_wrapper": True}, "isolate_recompiles": True}
     compiled: Callable[..., Found] = torch.compile(function, fullgraph=True, **how)
     return compiled
-
-
-def _median_seconds(function: Callable[[], object]) -> float:
-    others = torch.ones(_EVICTED_BYTES // 4)
-    seconds = []
-    # the first time, something may be compiled
-    for _ in range(1 + _NUM_TIMED):
-        others.sum()
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
-import time
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from vllm import _custom_ops
 from vllm.logger import init_logger
 
+from vllm_redrafter.adapter.timing import median_seconds
 from vllm_redrafter.kernels.few_rows import PackedMatrix
 
 logger = init_logger(f"vllm.{__name__}")
@@ -27,7 +27,6 @@ _LEAST_BYTES = 1 << 26
 """A smaller target stays in the caches, where rows cost what they compute."""
 
 _ROWS = (4, 8, 16, 32, 64)
-_NUM_TIMED = 5
 _TIMED_BYTES = 1 << 29
 """So many weights are enough to time: no cache holds them."""
 
@@ -36,7 +35,7 @@ class TargetMatrices:
     """The packed matrices of one target.
 
     Args:
-        wanted: None to have them where they are quicker.
+        wanted: None to have them where they are quicker: in a target that caches do not hold, for as many rows as that.
 
     Attributes:
         most_rows: up to so many rows are multiplied by them.
@@ -49,7 +48,10 @@ class TargetMatrices:
 
     @contextlib.contextmanager
     def packed(self) -> Iterator[None]:
-        """Pack what vLLM hands to oneDNN meanwhile, if it is fp32 and much; vLLM keeps oneDNN's own copies alone."""
+        """Pack what vLLM hands to oneDNN meanwhile, if it is fp32 and wanted; vLLM keeps oneDNN's own copies alone."""
+        if self._wanted is False:
+            yield
+            return
         stock = _custom_ops.create_onednn_mm
         handed: list[tuple[Any, torch.Tensor]] = []
 
@@ -66,12 +68,15 @@ class TargetMatrices:
             yield
         finally:
             _custom_ops.create_onednn_mm = stock
-        is_much = sum(weight.nbytes for _, weight in handed) >= _LEAST_BYTES
-        if handed and (is_much if self._wanted is None else self._wanted):
+        if self._wanted or sum(weight.nbytes for _, weight in handed) >= _LEAST_BYTES:
             self._pack(handed)
 
     def _pack(self, handed: list[tuple[Any, torch.Tensor]]) -> None:
+        if not handed:
+            logger.warning("pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies")
+            return
         _serve_packed()
+        # one by one, so that the original of a matrix goes when its copy is made
         while handed:
             handler, weight = handed.pop()
             try:
@@ -108,12 +113,7 @@ class TargetMatrices:
     def _seconds(self, num_rows: int, most_rows: int) -> float:
         """Return the time of the products of so many rows with all matrices, or as many as it takes to know."""
         self.most_rows = most_rows
-        entries, num_bytes = [], 0
-        for entry in self._entries:
-            entries.append(entry)
-            num_bytes += entry.matrix.num_bytes
-            if num_bytes >= _TIMED_BYTES:
-                break
+        bytes_before = itertools.accumulate((entry.matrix.num_bytes for entry in self._entries), initial=0)
         products = [
             (
                 torch.empty(num_rows, entry.matrix.num_outputs),
@@ -121,15 +121,15 @@ class TargetMatrices:
                 None,
                 entry.handler_tensor,
             )
-            for entry in entries
+            for entry, num_bytes in zip(self._entries, bytes_before, strict=False)
+            if num_bytes < _TIMED_BYTES
         ]
-        seconds = []
-        for _ in range(_NUM_TIMED):
-            started = time.perf_counter()
+
+        def multiply() -> None:
             for product in products:
                 torch.ops._C.onednn_mm(*product)
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds)
+
+        return median_seconds(multiply)
 
 
 class _Entry(NamedTuple):
