@@ -480,8 +480,10 @@ def test_packing_the_target_is_refused_under_v2(v2: None, drafter: str) -> None:
 
 
 @pytest.mark.parametrize("pack_target", [True, False, None])
-def test_packing_the_target_is_for_those_who_ask(drafter: str, *, pack_target: bool | None) -> None:
-    assert options_for({"model": drafter}).pack_target is False
+def test_the_target_is_packed_where_that_is_quicker_unless_something_else_is_asked_for(
+    drafter: str, *, pack_target: bool | None
+) -> None:
+    assert options_for({"model": drafter}).pack_target is None
     assert options_for({"model": drafter, "pack_target": pack_target}).pack_target is pack_target
 
 

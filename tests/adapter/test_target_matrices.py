@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,10 @@ from vllm_redrafter.kernels.few_rows import PackedMatrix
 
 current_platform.import_kernels()
 WEIGHT = torch.arange(48.0 * 32).view(48, 32) % 7
+TOO_LARGE = (
+    "The target's matrices are not packed, so that rows cost more: "
+    "they would take more than a quarter of the memory that is free"
+)
 
 
 @pytest.fixture
@@ -108,14 +113,76 @@ def test_small_targets_are_packed_only_where_that_was_asked_for(wanted: bool | N
     assert not target_matrices._served
 
 
-def test_a_large_target_is_packed_unless_that_was_refused(
+def load_several(matrices: TargetMatrices, count: int = 3) -> list[Any]:
+    with matrices.packed():
+        return [_custom_ops.create_onednn_mm(WEIGHT.t(), 32) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("num_matrices", "num_packed"), [(1, 0), (2, 2), (3, 3)])
+def test_a_target_is_packed_from_the_size_on_that_caches_do_not_hold(
+    num_matrices: int, num_packed: int, packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", 2 * WEIGHT.nbytes)
+
+    handlers = load_several(TargetMatrices(), num_matrices)
+
+    assert len(target_matrices._served) == num_packed
+    del handlers
+
+
+def test_a_large_target_is_not_packed_where_that_was_refused(
     packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", WEIGHT.nbytes)
-    handlers = [load(TargetMatrices()), load(TargetMatrices(wanted=False))]
+    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", 0)
 
-    assert len(target_matrices._served) == 1
+    handlers = load_several(TargetMatrices(wanted=False))
+
+    assert not target_matrices._served
     del handlers
+
+
+@pytest.mark.parametrize(("reserved", "num_processes", "fits"), [(0, 1, True), (1, 1, False), (0, 2, False)])
+def test_a_target_is_packed_where_a_quarter_of_free_memory_holds_it(
+    reserved: int,
+    num_processes: int,
+    packed_rows: list[int],
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fits: bool,
+) -> None:
+    monkeypatch.setattr(target_matrices, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(target_matrices, "_free_bytes", lambda: 4 * 3 * WEIGHT.nbytes)
+
+    handlers = load_several(TargetMatrices(None, reserved, num_processes))
+
+    assert len(target_matrices._served) == (3 if fits else 0)
+    assert warnings == ([] if fits else [TOO_LARGE])
+    check(handlers[0], 2)
+    del handlers
+
+
+def test_who_asks_for_packed_matrices_gets_them_whatever_memory_there_is(
+    packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_matrices, "_free_bytes", lambda: 0)
+
+    handlers = load_several(TargetMatrices(wanted=True))
+
+    assert len(target_matrices._served) == 3
+    del handlers
+
+
+def test_a_container_has_no_more_memory_than_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(target_matrices, "_CONTAINER_LIMIT", limit)
+    machine = target_matrices._free_bytes()
+    limit.write_text("max\n")
+    unlimited = target_matrices._free_bytes()
+    limit.write_text("4096\n")
+
+    assert target_matrices._free_bytes() == 4096
+    assert min(machine, unlimited) > 1 << 26
 
 
 def test_a_target_that_is_not_packed_is_not_held_while_it_loads(packed_rows: list[int]) -> None:
@@ -130,15 +197,19 @@ def test_a_target_that_is_not_packed_is_not_held_while_it_loads(packed_rows: lis
     check(handler, 2)
 
 
-def test_other_number_formats_stay_with_vllm_and_a_warning_says_so(
-    packed_rows: list[int], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wanted", [True, None])
+def test_other_number_formats_stay_with_vllm_and_who_asked_is_told(
+    packed_rows: list[int], warnings: list[str], monkeypatch: pytest.MonkeyPatch, *, wanted: bool | None
 ) -> None:
     monkeypatch.setattr(_custom_ops, "create_onednn_mm", lambda weight, size: object())
 
-    load(TargetMatrices(wanted=True), WEIGHT.bfloat16())
+    load(TargetMatrices(wanted), WEIGHT.bfloat16())
 
     assert not target_matrices._served
-    assert warnings == ["pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies"]
+    assert (
+        warnings
+        == ["pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies"][: wanted is True]
+    )
 
 
 @pytest.mark.parametrize(("packed_seconds", "most_rows"), [([1, 1, 3], 8), ([3], 0), ([1] * 5, 64)])
@@ -179,8 +250,8 @@ def test_without_a_compiler_all_products_stay_with_vllm_and_a_warning_says_so(
         raise RuntimeError("no C++ compiler\nfound anywhere")
 
     monkeypatch.setattr(target_matrices, "PackedMatrix", fail)
-    handler = load(TargetMatrices(wanted=True))
+    handlers = load_several(TargetMatrices(wanted=True))
 
-    check(handler, 3)
+    check(handlers[0], 3)
     assert packed_rows == []
     assert warnings == ["The target's matrices are not packed, so that rows cost more: no C++ compiler"]

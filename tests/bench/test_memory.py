@@ -13,13 +13,13 @@ GIB = 2**30
 
 @pytest.fixture
 def target(tmp_path: Path) -> str:
-    """A target whose weights take a GiB, twice that in 32 bits."""
+    """A target whose weights take a GiB, twice that in 32 bits, and packed as much again."""
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(GIB)
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(("num_engines", "available"), [(1, 4.5), (2, 9.0)])
+@pytest.mark.parametrize(("num_engines", "available"), [(1, 6.5), (2, 13.0)])
 def test_engines_fit_where_there_is_room_for_each_with_its_weights(
     num_engines: int, available: float, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

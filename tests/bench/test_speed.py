@@ -78,13 +78,26 @@ def outcome(seconds: float, token_ids: list[list[int]]) -> Outcome:
         ("tree8", {"method": "redrafter", "model": "d", "num_speculative_tokens": 8, "budget": "fixed"}),
         ("auto", {"method": "redrafter", "model": "d", "budget": "auto"}),
         ("auto16", {"method": "redrafter", "model": "d", "num_speculative_tokens": 16, "budget": "auto"}),
+        ("auto-unpacked", {"method": "redrafter", "model": "d", "budget": "auto", "pack_target": False}),
+        (
+            "tree3-unpacked",
+            {
+                "method": "redrafter",
+                "model": "d",
+                "num_speculative_tokens": 3,
+                "budget": "fixed",
+                "pack_target": False,
+            },
+        ),
     ],
 )
 def test_a_name_says_how_to_speculate(name: str, config: SpeculativeConfig) -> None:
     assert speculative_config(name, "d") == config
 
 
-@pytest.mark.parametrize("name", ["tree", "chain", "plain4", "eagle", "tree-1", "tree8x", ""])
+@pytest.mark.parametrize(
+    "name", ["tree", "chain", "plain4", "eagle", "tree-1", "tree8x", "ngram4-unpacked", "plain-unpacked", "auto-", ""]
+)
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"no configuration '{name}': use plain, ngram"):
         speculative_config(name, "d")

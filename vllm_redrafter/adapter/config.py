@@ -58,7 +58,7 @@ class ReDrafterOptions:
     """Tokens drafted per beam."""
     budget: str
     """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
-    pack_target: bool | None = False
+    pack_target: bool | None = None
     """Whether a CPU holds the target's fp32 matrices once more, packed for a few rows; None: where that is quicker."""
     fused_layers: list[int] | None = None
     """Layers whose outputs the drafter sees; not the user's to choose, but vLLM's compile cache is keyed by options."""
@@ -239,7 +239,7 @@ def _budget(request: dict[str, Any]) -> str:
 
 
 def _pack_target(request: dict[str, Any]) -> bool | None:
-    pack_target: bool | None = request.get("pack_target", False)
+    pack_target: bool | None = request.get("pack_target")
     if not isinstance(pack_target, bool | None):
         raise ValueError(f"pack_target is {pack_target!r}, but it must be true, false or null")
     if pack_target and support.uses_v2():

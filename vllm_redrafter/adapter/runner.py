@@ -70,7 +70,11 @@ class TreeModelRunner(CPUModelRunner):
         self._draft_seconds: float | None = None
         self._decoding: set[str] = set()
         self._has_foresight = foresight.is_possible(self.sampler)
-        self._matrices = TargetMatrices(self.drafter.options.pack_target)
+        self._matrices = TargetMatrices(
+            self.drafter.options.pack_target,
+            reserved_bytes=self.cache_config.kv_cache_memory_bytes or 0,
+            num_processes=self.parallel_config.world_size,
+        )
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load target and drafter as vLLM does, and pack the target's matrices for the rows of trees."""

@@ -12,8 +12,10 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from vllm import _custom_ops
 from vllm.logger import init_logger
@@ -26,24 +28,34 @@ logger = init_logger(f"vllm.{__name__}")
 _LEAST_BYTES = 1 << 26
 """A smaller target stays in the caches, where rows cost what they compute."""
 
+_LARGEST_SHARE = 1 / 4
+"""Of free memory that packed copies take unasked; most of it is for the KV cache."""
+
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
 _ROWS = (4, 8, 16, 32, 64)
-_TIMED_BYTES = 1 << 29
-"""So many weights are enough to time: no cache holds them."""
+_TIMED_BYTES = 1 << 27
+"""So many weights are enough to time: hardly a cache holds them."""
 
 
 class TargetMatrices:
     """The packed matrices of one target.
 
     Args:
-        wanted: None to have them where they are quicker: in a target that caches do not hold, for as many rows as that.
+        wanted: None to have them where they are quicker: in a target that caches do not hold, if there is memory for
+            them, and for as many rows as that.
+        reserved_bytes: what the KV cache is to have, if that is known.
+        num_processes: how many hold a part of the target each, on this machine.
 
     Attributes:
         most_rows: up to so many rows are multiplied by them.
     """
 
-    def __init__(self, wanted: bool | None = None) -> None:
+    def __init__(self, wanted: bool | None = None, reserved_bytes: int = 0, num_processes: int = 1) -> None:
         self.most_rows = _ROWS[-1] if wanted else 0
         self._wanted = wanted
+        self._reserved_bytes = reserved_bytes
+        self._num_processes = num_processes
         self._entries: list[_Entry] = []
 
     @contextlib.contextmanager
@@ -53,13 +65,13 @@ class TargetMatrices:
             yield
             return
         stock = _custom_ops.create_onednn_mm
-        handed: list[tuple[Any, torch.Tensor]] = []
+        packing = _Packing(self, self._least_bytes(), self._most_bytes())
 
         @functools.wraps(stock)
         def create(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # [inputs, outputs]
             handler = stock(weight, *args, **kwargs)
             if weight.dtype == torch.float32:
-                handed.append((handler, weight.t()))
+                packing.add(handler, weight.t())
             return handler
 
         # layers call what they find in this module, and offer no hook
@@ -68,28 +80,17 @@ class TargetMatrices:
             yield
         finally:
             _custom_ops.create_onednn_mm = stock
-        if self._wanted or sum(weight.nbytes for _, weight in handed) >= _LEAST_BYTES:
-            self._pack(handed)
-
-    def _pack(self, handed: list[tuple[Any, torch.Tensor]]) -> None:
-        if not handed:
+        self._entries = packing.entries
+        if self._wanted and not packing.num_bytes:
             logger.warning("pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies")
-            return
-        _serve_packed()
-        # one by one, so that the original of a matrix goes when its copy is made
-        while handed:
-            handler, weight = handed.pop()
-            try:
-                entry = _Entry(self, PackedMatrix(weight), handler.handler_tensor)
-            except RuntimeError as error:  # there is no compiler, or it fails
-                reason = str(error).partition("\n")[0]
-                logger.warning("The target's matrices are not packed, so that rows cost more: %s", reason)
-                return
-            pointer = handler.handler_tensor.item()
-            _served[pointer] = entry
-            self._entries.append(entry)
-            # the next handler may get its address
-            weakref.finalize(handler, _served.pop, pointer, None)
+
+    def _least_bytes(self) -> int:
+        return 0 if self._wanted else _LEAST_BYTES
+
+    def _most_bytes(self) -> float:
+        if self._wanted:
+            return float("inf")
+        return (_free_bytes() - self._reserved_bytes) * _LARGEST_SHARE / self._num_processes
 
     @torch.inference_mode()
     def tune(self) -> None:
@@ -104,9 +105,7 @@ class TargetMatrices:
             quicker = num_rows
         self.most_rows = quicker
         if not quicker:
-            for entry in self._entries:
-                del _served[int(entry.handler_tensor.item())]
-            self._entries = []
+            _forget(self._entries)
         gib = sum(entry.matrix.num_bytes for entry in self._entries) / (1 << 30)
         logger.info("Products of up to %d rows read packed copies of the target's matrices (%.2f GiB)", quicker, gib)
 
@@ -132,6 +131,52 @@ class TargetMatrices:
         return median_seconds(multiply)
 
 
+class _Packing:
+    """The matrices of a target that loads: they wait until it is large enough, and go if it is too large."""
+
+    def __init__(self, owner: TargetMatrices, least_bytes: int, most_bytes: float) -> None:
+        self.entries: list[_Entry] = []
+        self.num_bytes = 0
+        self._given_up = False
+        self._owner = owner
+        self._least_bytes = least_bytes
+        self._most_bytes = most_bytes
+        self._waiting: list[tuple[Any, torch.Tensor]] = []
+
+    def add(self, handler: Any, weight: torch.Tensor) -> None:  # [outputs, inputs]
+        self.num_bytes += weight.nbytes
+        if self._given_up:
+            return
+        if self.num_bytes > self._most_bytes:
+            self._give_up("they would take more than a quarter of the memory that is free")
+            return
+        self._waiting.append((handler, weight))
+        if self.num_bytes < self._least_bytes:
+            return
+        # at once, and those that waited one by one: so that an original goes when its copy is made
+        while self._waiting:
+            handler, weight = self._waiting.pop()
+            try:
+                self._pack(handler, weight)
+            except RuntimeError as error:  # there is no compiler, or it fails
+                self._give_up(str(error).partition("\n")[0])
+
+    def _pack(self, handler: Any, weight: torch.Tensor) -> None:
+        _serve_packed()
+        entry = _Entry(self._owner, PackedMatrix(weight), handler.handler_tensor)
+        pointer = handler.handler_tensor.item()
+        _served[pointer] = entry
+        self.entries.append(entry)
+        # the next handler may get its address
+        weakref.finalize(handler, _served.pop, pointer, None)
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("The target's matrices are not packed, so that rows cost more: %s", reason)
+        self._given_up = True
+        self._waiting.clear()
+        _forget(self.entries)
+
+
 class _Entry(NamedTuple):
     """A packed matrix, and the address of oneDNN's copy, which vLLM's operator is called with."""
 
@@ -142,6 +187,21 @@ class _Entry(NamedTuple):
 
 _served: dict[int, _Entry] = {}
 """By the address of oneDNN's copy."""
+
+
+def _forget(entries: list[_Entry]) -> None:
+    """Leave the products of these to vLLM, and their memory to others."""
+    for entry in entries:
+        _served.pop(int(entry.handler_tensor.item()), None)
+    entries.clear()
+
+
+def _free_bytes() -> int:
+    """Return what the machine has left, or less where a container may not have it."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # there is no limit
+        free = min(free, int(_CONTAINER_LIMIT.read_text(encoding="ascii")))
+    return free
 
 
 @functools.cache

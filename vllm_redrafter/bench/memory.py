@@ -15,8 +15,8 @@ def engines_fit(targets: Sequence[str]) -> bool:
         # one engine takes nearly all of a GPU's memory for its KV cache
         return False
     weights = sum(file.stat().st_size for target in targets for file in Path(target).glob("*.safetensors"))
-    # 16-bit weights may be held in 32
-    return len(targets) * _BYTES_PER_ENGINE + 2 * weights <= _available_bytes()
+    # 16-bit weights may be held in 32, and then packed once more
+    return len(targets) * _BYTES_PER_ENGINE + 4 * weights <= _available_bytes()
 
 
 def has_gpu() -> bool:

@@ -28,7 +28,7 @@ STORY_PROMPTS = Path(__file__).with_name("story_prompts.txt")
 
 SpeculativeConfig = dict[str, Any] | None
 
-_CONFIG_NAME = re.compile(r"(?:ngram|chain(?=\d)|tree(?=\d)|auto)(\d*)")
+_CONFIG_NAME = re.compile(r"(?:ngram(?!.*-)|chain(?=\d)|tree(?=\d)|auto)(\d*)(-unpacked)?")
 _WARM_UP_TOKENS = 32
 _MIN_PROMPTS = 8
 
@@ -120,7 +120,8 @@ def speculative_config(name: str, drafter: str) -> SpeculativeConfig:
     """Return what vLLM takes as `speculative_config` for the name of a configuration.
 
     plain; ngram or ngramN (vLLM's own, of 4 or N tokens); chainN and treeN (always N nodes); auto or autoN (as many
-    nodes as pay, at most the drafter's default or N).
+    nodes as pay, at most the drafter's default or N). With -unpacked behind a chain, tree or auto, a CPU's target
+    multiplies as plain vLLM's does.
 
     Raises:
         ValueError: there is no such configuration, or N is out of range.
@@ -129,7 +130,10 @@ def speculative_config(name: str, drafter: str) -> SpeculativeConfig:
         return None
     match = _CONFIG_NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"there is no configuration {name!r}: use plain, ngram, ngramN, chainN, treeN, auto or autoN")
+        raise ValueError(
+            f"there is no configuration {name!r}: use plain, ngram, ngramN, chainN, treeN, auto or autoN, or one of "
+            "the last four with -unpacked behind it"
+        )
     size = int(match[1]) if match[1] else None
     if size is not None:
         check_num_nodes(size)
@@ -146,6 +150,8 @@ def speculative_config(name: str, drafter: str) -> SpeculativeConfig:
         config["num_speculative_tokens"] = size
     if name.startswith("chain"):
         config |= {"beam_width": 1, "draft_length": size}
+    if match[2]:
+        config["pack_target"] = False
     return config | {"budget": "auto" if name.startswith("auto") else "fixed"}
 
 

@@ -64,7 +64,8 @@ def add_parser(benches: Any) -> None:
         "--configs",
         metavar="NAME,...",
         type=options.list_of(str),
-        help="plain, ngram or ngramN, chainN, treeN, auto or autoN (default: "
+        help="plain, ngram or ngramN, chainN, treeN, auto or autoN; the last four also with -unpacked behind them, for "
+        "a CPU's target that multiplies as plain vLLM's (default: "
         f"{','.join(_CONFIGS)}; on a GPU, where no budget is automatic, {','.join(_GPU_CONFIGS)})",
     )
     parser.add_argument("--rounds", metavar="N", type=options.positive_int, default=3, help="default: 3")
