@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 from vllm import _custom_ops
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from vllm_redrafter.adapter import target_matrices, timing
@@ -220,7 +221,7 @@ def test_the_most_rows_are_the_last_before_vllm_is_as_fast(
     matrices = TargetMatrices()
     handler = load(matrices)
     left = iter(packed_seconds)
-    monkeypatch.setattr(matrices, "_seconds", lambda rows, most_rows: next(left) if most_rows else 2.0)
+    monkeypatch.setattr(matrices, "_seconds", lambda rows: (next(left), 2.0))
 
     matrices.tune()
 
@@ -236,11 +237,59 @@ def test_both_ways_are_timed_with_the_rows_in_question(packed_rows: list[int], m
     matrices = TargetMatrices()
     handler = load(matrices)
 
-    seconds = [matrices._seconds(8, most_rows) for most_rows in (8, 0)]
+    packed, stock = matrices._seconds(8)
 
-    assert min(seconds) > 0
+    assert min(packed, stock) > 0
     assert packed_rows == [8] * (1 + timing.NUM_TIMED)
     del handler
+
+
+class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """One whose weight vLLM hands to oneDNN."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.weight = weight
+
+
+class Target(torch.nn.Module):
+    """A model that embeds with one matrix and has a layer and a head."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.embedding = Embedding(WEIGHT.clone())
+        self.head = self.embedding if tied else Embedding(WEIGHT.clone())
+        self.layer = _custom_ops.create_onednn_mm(WEIGHT.clone().t(), 32)
+        self.handlers = [_custom_ops.create_onednn_mm(module.weight.t(), 32) for module in (self.embedding, self.head)]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _custom_ops.onednn_mm(self.handlers[1], hidden, None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_no_head_is_not_held_packed(packed_rows: list[int], *, tied: bool) -> None:
+    matrices = TargetMatrices(wanted=True)
+    with matrices.packed():
+        target = Target(tied=tied)
+
+    matrices.forget_embeddings(target, torch.zeros(1, 32))
+
+    assert len(target_matrices._served) == 2
+    packed_rows.clear()
+    check(target.layer, 3)
+    check(target.handlers[1], 4)
+    assert packed_rows == [3, 4]
+    check(target.handlers[0], 5)
+    assert packed_rows == [3, 4]
+    del target
+
+
+def test_a_target_that_is_not_packed_is_not_asked_for_logits(packed_rows: list[int]) -> None:
+    matrices = TargetMatrices(wanted=False)
+
+    matrices.forget_embeddings(torch.nn.Module(), torch.zeros(1, 32))
+
+    assert not target_matrices._served
 
 
 def test_without_a_compiler_all_products_stay_with_vllm_and_a_warning_says_so(

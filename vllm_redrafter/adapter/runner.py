@@ -80,6 +80,10 @@ class TreeModelRunner(CPUModelRunner):
         """Load target and drafter as vLLM does, and pack the target's matrices for the rows of trees."""
         with self._matrices.packed():
             super().load_model(*args, **kwargs)
+        if self.lora_config is None:  # adapters want to know of requests before they are asked
+            self._matrices.forget_embeddings(
+                self.model, torch.zeros(1, self.model_config.get_hidden_size(), dtype=self.dtype)
+            )
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import _custom_ops
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from vllm_redrafter.adapter.timing import median_seconds
+from vllm_redrafter.adapter.timing import least_seconds
 from vllm_redrafter.kernels.few_rows import PackedMatrix
 
 logger = init_logger(f"vllm.{__name__}")
@@ -84,6 +86,28 @@ class TargetMatrices:
         if self._wanted and not packing.num_bytes:
             logger.warning("pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies")
 
+    @torch.inference_mode()
+    def forget_embeddings(self, model: Any, hidden: torch.Tensor) -> None:
+        """Leave alone what is never multiplied: vLLM hands every embedding to oneDNN, since it could be the head.
+
+        Args:
+            model: the target, whose head is asked once.
+            hidden: [1, hidden_size], anything that it takes.
+        """
+        if not self._entries:
+            return
+        modules = (module for module in model.modules() if isinstance(module, VocabParallelEmbedding))
+        embeddings = {module.weight.data_ptr() for module in modules}
+        with _Multiplied() as multiplied:
+            model.compute_logits(hidden)
+        idle = [
+            entry
+            for entry in self._entries
+            if entry.weight_pointer in embeddings and int(entry.handler_tensor.item()) not in multiplied.pointers
+        ]
+        self._entries = [entry for entry in self._entries if all(entry is not other for other in idle)]
+        _forget(idle)
+
     def _least_bytes(self) -> int:
         return 0 if self._wanted else _LEAST_BYTES
 
@@ -99,7 +123,7 @@ class TargetMatrices:
             return
         quicker = 0
         for num_rows in _ROWS:
-            packed, stock = (self._seconds(num_rows, most_rows) for most_rows in (num_rows, 0))
+            packed, stock = self._seconds(num_rows)
             if packed >= stock:
                 break
             quicker = num_rows
@@ -109,9 +133,11 @@ class TargetMatrices:
         gib = sum(entry.matrix.num_bytes for entry in self._entries) / (1 << 30)
         logger.info("Products of up to %d rows read packed copies of the target's matrices (%.2f GiB)", quicker, gib)
 
-    def _seconds(self, num_rows: int, most_rows: int) -> float:
-        """Return the time of the products of so many rows with all matrices, or as many as it takes to know."""
-        self.most_rows = most_rows
+    def _seconds(self, num_rows: int) -> list[float]:
+        """Return the times of so many rows' products with packed matrices and with vLLM's.
+
+        All matrices are multiplied, or as many as it takes to know.
+        """
         bytes_before = itertools.accumulate((entry.matrix.num_bytes for entry in self._entries), initial=0)
         products = [
             (
@@ -124,11 +150,12 @@ class TargetMatrices:
             if num_bytes < _TIMED_BYTES
         ]
 
-        def multiply() -> None:
+        def multiply(most_rows: int) -> None:
+            self.most_rows = most_rows
             for product in products:
                 torch.ops._C.onednn_mm(*product)
 
-        return median_seconds(multiply)
+        return least_seconds(lambda: multiply(num_rows), lambda: multiply(0))
 
 
 class _Packing:
@@ -163,7 +190,7 @@ class _Packing:
 
     def _pack(self, handler: Any, weight: torch.Tensor) -> None:
         _serve_packed()
-        entry = _Entry(self._owner, PackedMatrix(weight), handler.handler_tensor)
+        entry = _Entry(self._owner, PackedMatrix(weight), handler.handler_tensor, weight.data_ptr())
         pointer = handler.handler_tensor.item()
         _served[pointer] = entry
         self.entries.append(entry)
@@ -183,6 +210,21 @@ class _Entry(NamedTuple):
     owner: TargetMatrices
     matrix: PackedMatrix
     handler_tensor: torch.Tensor
+    weight_pointer: int
+    """Where the original was, or is if something else needs it."""
+
+
+class _Multiplied(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which matrices of oneDNN are multiplied meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pointers: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._C.onednn_mm.default:
+            self.pointers.add(int(args[-1].item()))
+        return func(*args, **(kwargs or {}))
 
 
 _served: dict[int, _Entry] = {}
