@@ -408,6 +408,7 @@ def test_a_target_with_attention_of_another_kind_is_refused_when_it_is_loaded(mo
     monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
     runner = object.__new__(TreeModelRunner)
     runner._matrices = TargetMatrices(wanted=False)
+    runner.lora_config = SimpleNamespace()  # type: ignore[assignment]
     layers: dict[str, object] = {"layers.0": object.__new__(Attention)}
     runner.vllm_config = SimpleNamespace(  # type: ignore[assignment]
         compilation_config=SimpleNamespace(static_forward_context=layers)
