@@ -292,11 +292,12 @@ def test_a_target_that_is_not_packed_is_not_asked_for_logits(packed_rows: list[i
     assert not target_matrices._served
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, OSError])
 def test_without_a_compiler_all_products_stay_with_vllm_and_a_warning_says_so(
-    packed_rows: list[int], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], packed_rows: list[int], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(weight: torch.Tensor) -> None:
-        raise RuntimeError("no C++ compiler\nfound anywhere")
+        raise kind("no C++ compiler\nfound anywhere")
 
     monkeypatch.setattr(target_matrices, "PackedMatrix", fail)
     handlers = load_several(TargetMatrices(wanted=True))

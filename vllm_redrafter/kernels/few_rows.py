@@ -24,6 +24,7 @@ class PackedMatrix:
 
     Raises:
         RuntimeError: there is no C++ compiler, or it fails.
+        OSError: what was compiled cannot be loaded.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
