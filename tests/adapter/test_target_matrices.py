@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,7 +152,7 @@ def test_a_target_is_packed_where_a_quarter_of_free_memory_holds_it(
     fits: bool,
 ) -> None:
     monkeypatch.setattr(target_matrices, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(target_matrices, "_free_bytes", lambda: 4 * 3 * WEIGHT.nbytes)
+    monkeypatch.setattr(target_matrices, "available_bytes", lambda: 4 * 3 * WEIGHT.nbytes)
 
     handlers = load_several(TargetMatrices(None, reserved, num_processes))
 
@@ -166,24 +165,12 @@ def test_a_target_is_packed_where_a_quarter_of_free_memory_holds_it(
 def test_who_asks_for_packed_matrices_gets_them_whatever_memory_there_is(
     packed_rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target_matrices, "_free_bytes", lambda: 0)
+    monkeypatch.setattr(target_matrices, "available_bytes", lambda: 0)
 
     handlers = load_several(TargetMatrices(wanted=True))
 
     assert len(target_matrices._served) == 3
     del handlers
-
-
-def test_a_container_has_no_more_memory_than_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(target_matrices, "_CONTAINER_LIMIT", limit)
-    machine = target_matrices._free_bytes()
-    limit.write_text("max\n")
-    unlimited = target_matrices._free_bytes()
-    limit.write_text("4096\n")
-
-    assert target_matrices._free_bytes() == 4096
-    assert min(machine, unlimited) > 1 << 26
 
 
 def test_a_target_that_is_not_packed_is_not_held_while_it_loads(packed_rows: list[int]) -> None:
@@ -207,10 +194,8 @@ def test_other_number_formats_stay_with_vllm_and_who_asked_is_told(
     load(TargetMatrices(wanted), WEIGHT.bfloat16())
 
     assert not target_matrices._served
-    assert (
-        warnings
-        == ["pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies"][: wanted is True]
-    )
+    nothing = "pack_target changes nothing: the target has no fp32 matrices that oneDNN multiplies"
+    assert warnings == ([nothing] if wanted else [])
 
 
 @pytest.mark.parametrize(("packed_seconds", "most_rows"), [([1, 1, 3], 8), ([3], 0), ([1] * 5, 64)])

@@ -24,12 +24,12 @@ def test_engines_fit_where_there_is_room_for_each_with_its_weights(
     num_engines: int, available: float, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for gib, fits in ((available, True), (available - 0.1, False)):
-        monkeypatch.setattr(memory, "_available_bytes", lambda gib=gib: gib * GIB)
+        monkeypatch.setattr(memory, "available_bytes", lambda gib=gib: gib * GIB)
         assert memory.engines_fit([target] * num_engines) is fits
 
 
 def test_a_gpu_holds_one_engine_whatever_the_host_has(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: 1000 * GIB)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000 * GIB)
     monkeypatch.setattr(memory, "has_gpu", lambda: True)
 
     assert memory.engines_fit([target])

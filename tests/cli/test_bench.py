@@ -44,7 +44,7 @@ def test_speed_prints_a_table_and_one_line_of_json(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: available)
+    monkeypatch.setattr(memory, "available_bytes", lambda: available)
 
     status = run_speed(fake_pair, tmp_path, "--configs", "plain,tree8", "--temperature", "0", "--rounds", "2")
 

@@ -39,7 +39,7 @@ def test_it_shows_the_text_the_table_and_the_figures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(memory_module, "_available_bytes", lambda: memory)
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: memory)
 
     status = run(fake_pair, tmp_path)
 
@@ -158,7 +158,7 @@ def test_engines_take_turns_at_every_prompt(fake_pair: FakePair, monkeypatch: py
             return super().generate(prompts, *rest, **more)
 
     monkeypatch.setattr(race, "Engine", Noting)
-    monkeypatch.setattr(memory_module, "_available_bytes", lambda: 2**60)
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: 2**60)
     specs = race.specs(*fake_pair(), "float32")
 
     race.run(

@@ -12,16 +12,15 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import _custom_ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_redrafter.adapter.memory import available_bytes
 from vllm_redrafter.adapter.timing import least_seconds
 from vllm_redrafter.kernels.few_rows import PackedMatrix
 
@@ -32,8 +31,6 @@ _LEAST_BYTES = 1 << 26
 
 _LARGEST_SHARE = 1 / 4
 """Of free memory that packed copies take unasked; most of it is for the KV cache."""
-
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 _ROWS = (4, 8, 16, 32, 64)
 _TIMED_BYTES = 1 << 27
@@ -100,13 +97,12 @@ class TargetMatrices:
         embeddings = {module.weight.data_ptr() for module in modules}
         with _Multiplied() as multiplied:
             model.compute_logits(hidden)
-        idle = [
-            entry
-            for entry in self._entries
-            if entry.weight_pointer in embeddings and int(entry.handler_tensor.item()) not in multiplied.pointers
-        ]
-        self._entries = [entry for entry in self._entries if all(entry is not other for other in idle)]
-        _forget(idle)
+
+        def is_idle(entry: _Entry) -> bool:
+            return entry.weight_pointer in embeddings and entry.pointer not in multiplied.pointers
+
+        _forget([entry for entry in self._entries if is_idle(entry)])
+        self._entries = [entry for entry in self._entries if not is_idle(entry)]
 
     def _least_bytes(self) -> int:
         return 0 if self._wanted else _LEAST_BYTES
@@ -114,7 +110,7 @@ class TargetMatrices:
     def _most_bytes(self) -> float:
         if self._wanted:
             return float("inf")
-        return (_free_bytes() - self._reserved_bytes) * _LARGEST_SHARE / self._num_processes
+        return (available_bytes() - self._reserved_bytes) * _LARGEST_SHARE / self._num_processes
 
     @torch.inference_mode()
     def tune(self) -> None:
@@ -194,11 +190,10 @@ class _Packing:
     def _pack(self, handler: Any, weight: torch.Tensor) -> None:
         _serve_packed()
         entry = _Entry(self._owner, PackedMatrix(weight), handler.handler_tensor, weight.data_ptr())
-        pointer = handler.handler_tensor.item()
-        _served[pointer] = entry
+        _served[entry.pointer] = entry
         self.entries.append(entry)
         # the next handler may get its address
-        weakref.finalize(handler, _served.pop, pointer, None)
+        weakref.finalize(handler, _served.pop, entry.pointer, None)
 
     def _give_up(self, reason: str) -> None:
         logger.warning("The target's matrices are not packed, so that rows cost more: %s", reason)
@@ -215,6 +210,11 @@ class _Entry(NamedTuple):
     handler_tensor: torch.Tensor
     weight_pointer: int
     """Where the original was, or is if something else needs it."""
+
+    @property
+    def pointer(self) -> int:
+        """The address itself."""
+        return int(self.handler_tensor.item())
 
 
 class _Multiplied(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -237,16 +237,8 @@ _served: dict[int, _Entry] = {}
 def _forget(entries: list[_Entry]) -> None:
     """Leave the products of these to vLLM, and their memory to others."""
     for entry in entries:
-        _served.pop(int(entry.handler_tensor.item()), None)
+        _served.pop(entry.pointer, None)
     entries.clear()
-
-
-def _free_bytes() -> int:
-    """Return what the machine has left, or less where a container may not have it."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # there is no limit
-        free = min(free, int(_CONTAINER_LIMIT.read_text(encoding="ascii")))
-    return free
 
 
 @functools.cache

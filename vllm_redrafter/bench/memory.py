@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_redrafter.adapter.memory import available_bytes
+
 _BYTES_PER_ENGINE = 5 * 2**29
 """An engine without its weights: KV cache 1 GiB, libraries and buffers 1 GiB, room."""
 
@@ -16,7 +18,7 @@ def engines_fit(targets: Sequence[str]) -> bool:
         return False
     weights = sum(file.stat().st_size for target in targets for file in Path(target).glob("*.safetensors"))
     # 16-bit weights may be held in 32, and then packed once more
-    return len(targets) * _BYTES_PER_ENGINE + 4 * weights <= _available_bytes()
+    return len(targets) * _BYTES_PER_ENGINE + 4 * weights <= available_bytes()
 
 
 def has_gpu() -> bool:
@@ -24,10 +26,3 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
