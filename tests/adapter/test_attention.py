@@ -420,6 +420,30 @@ def test_a_target_with_attention_of_another_kind_is_refused_when_it_is_loaded(mo
         runner.load_model()
 
 
+@pytest.mark.parametrize("adapters", [None, "LoRA"])
+def test_a_loaded_target_without_adapters_is_asked_what_it_multiplies(
+    adapters: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, tuple[int, ...]]] = []
+    monkeypatch.setattr(CPUModelRunner, "load_model", lambda self: None)
+    monkeypatch.setattr(
+        TargetMatrices, "forget_embeddings", lambda self, model, hidden: asked.append((model, tuple(hidden.shape)))
+    )
+    runner: Any = object.__new__(TreeModelRunner)
+    runner._matrices, runner.lora_config, runner.model, runner.dtype = (
+        TargetMatrices(),
+        adapters,
+        "model",
+        torch.float32,
+    )
+    runner.model_config = SimpleNamespace(get_hidden_size=lambda: 8)
+    runner.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+
+    runner.load_model()
+
+    assert asked == ([] if adapters else [("model", (1, 8))])
+
+
 def test_rounds_that_do_not_write_their_paths_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TreeAttentionImpl, "_write", lambda *args: None)
 
