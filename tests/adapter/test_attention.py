@@ -16,13 +16,17 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttenti
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from tests.adapter.trees import draft_tree, random_tree
-from vllm_redrafter.adapter import attention, tree_batch
-from vllm_redrafter.adapter.attention import Segment, TreeAttentionImpl, TreeAttentionMetadata
+from vllm_redrafter.adapter import attention, attention_pass, attention_rounds, tree_batch
+from vllm_redrafter.adapter.attention import TreeAttention, TreeAttentionImpl, TreeAttentionMetadata
+from vllm_redrafter.adapter.attention_pass import TreePass, caches_served
+from vllm_redrafter.adapter.attention_rounds import Call, Segment, TreeRounds
 from vllm_redrafter.adapter.runner import TreeModelRunner
 from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.adapter.tree_batch import path_to
 from vllm_redrafter.adapter.verification import Walk
 from vllm_redrafter.core.token_tree import TokenTree, attention_mask
+from vllm_redrafter.kernels import cpu_tree_attention
+from vllm_redrafter.kernels.batch import ancestor_words
 
 BLOCK = 32
 POISON = 1e4
@@ -65,6 +69,7 @@ class Request(NamedTuple):
 
 LAYERS = {
     "GQA": Layer(),
+    "one head": Layer(num_heads=2, num_kv_heads=1),
     "MHA": Layer(num_heads=3, num_kv_heads=3, head_size=64),
     "head size 80": Layer(head_size=80),
     "bfloat16": Layer(dtype=torch.bfloat16, head_size=64, num_heads=8),
@@ -84,9 +89,11 @@ class Step:
     vLLM's own constructors need a model's whole configuration; here the attributes that they would set are set by hand.
     """
 
-    def __init__(self, layer: Layer, requests: Sequence[Request], seed: int) -> None:
+    def __init__(
+        self, layer: Layer, requests: Sequence[Request], seed: int, how: type[TreeAttention] = TreeRounds
+    ) -> None:
         rng = np.random.default_rng(seed)
-        self.layer, self.requests = layer, requests
+        self.layer, self.requests, self.how = layer, requests, how
         isa = cpu_attn._get_attn_isa(layer.dtype, BLOCK, layer.head_size, layer.kv_cache_dtype)
         self.impl = _impl(layer)
         self.builder = _builder(layer, isa)
@@ -210,6 +217,11 @@ class Step:
                 self.write(cache, zeros, zeros, behind)
         return torch.equal(plain.view(torch.uint8), self.cache.view(torch.uint8))
 
+    @property
+    def rounds(self) -> list[attention_rounds.Round]:
+        assert isinstance(self.trees, TreeRounds)
+        return self.trees.rounds
+
     def first_paths(self) -> list[list[int]]:
         paths = [tree_batch.path_segments(tree.parents)[0] for tree in self.batch.trees]
         return [list(range(*path)) for path in paths]
@@ -229,8 +241,17 @@ class Step:
             causal=True,
         )
         stock = self.builder.build(0, common)
-        segments = self.batch.segments(self.query_ends, [request.context for request in self.requests])
-        return attention.add_rounds(stock, self.builder, segments)
+        self.trees = self._trees(stock)
+        return TreeAttentionMetadata.of(stock, self.trees, ["layer"])
+
+    def _trees(self, stock: CPUAttentionMetadata) -> TreeAttention:
+        computed = [request.context for request in self.requests]
+        if self.how is TreeRounds:
+            return TreeRounds(stock, self.builder, self.batch.segments(self.query_ends, computed))
+        ancestors = self.batch.ancestors(self.query_ends)
+        assert ancestors is not None
+        caches = caches_served(self.builder, {"layer": self.module})
+        return TreePass(stock, self.builder, caches, self.batch.requests(self.query_ends, computed), ancestors)
 
 
 def _impl(layer: Layer) -> TreeAttentionImpl:
@@ -300,12 +321,12 @@ def random_request(rng: np.random.Generator) -> Request:
     return Request(context, int(rng.integers(1, 5)) if rng.random() < 0.2 else 0, tree)
 
 
-def random_step(layer: Layer, seed: int) -> Step:
+def random_step(layer: Layer, seed: int, how: type[TreeAttention] = TreeRounds) -> Step:
     """Return a step in which at least one tree branches."""
     rng = np.random.default_rng(seed)
     requests = [random_request(rng) for _ in range(int(rng.integers(1, 6)))]
     requests.insert(int(rng.integers(len(requests) + 1)), Request(int(rng.integers(1, 80)), 0, BRANCHING))
-    return Step(layer, requests, seed)
+    return Step(layer, requests, seed, how)
 
 
 BRANCHING = random_tree(np.random.default_rng(0), 12, 6, 4)
@@ -332,17 +353,47 @@ def layer(request: pytest.FixtureRequest) -> Layer:
     return chosen
 
 
+WAYS: list[type[TreeAttention]] = [TreeRounds, TreePass]
+
+
+@pytest.fixture(params=WAYS)
+def how(request: pytest.FixtureRequest, layer: Layer) -> type[TreeAttention]:
+    """Ways to serve trees, as far as there are kernels for the layer."""
+    chosen: type[TreeAttention] = request.param
+    if chosen is TreePass and not is_served_in_one_pass(layer):
+        pytest.skip("served in rounds alone")
+    return chosen
+
+
+def is_served_in_one_pass(layer: Layer) -> bool:
+    return layer.dtype == torch.float32 and layer.kv_cache_dtype == "auto" and layer.head_size % _panel_width() == 0
+
+
+def _panel_width() -> int:
+    return int(cpu_tree_attention._library().panel_width())
+
+
+def test_fp32_layers_are_served_in_one_pass_and_others_are_not(layer: Layer) -> None:
+    step = random_step(layer, 0)
+
+    assert bool(caches_served(step.builder, {"layer": step.module})) == is_served_in_one_pass(layer)
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_mixed_batches_of_trees_chains_prompts_and_plain_rows_equal_dense_attention(layer: Layer, seed: int) -> None:
-    step = random_step(layer, seed)
-    assert len(step.metadata.rounds) > 1
+def test_mixed_batches_of_trees_chains_prompts_and_plain_rows_equal_dense_attention(
+    layer: Layer, how: type[TreeAttention], seed: int
+) -> None:
+    step = random_step(layer, seed, how)
+    assert step.batch.num_branching > 0
 
     assert worst_error(step) <= layer.tolerance
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_first_path_stays_in_the_cache_and_any_other_does_after_its_commit(layer: Layer, seed: int) -> None:
-    first, other = random_step(layer, seed), random_step(layer, seed)
+def test_the_first_path_stays_in_the_cache_and_any_other_does_after_its_commit(
+    layer: Layer, how: type[TreeAttention], seed: int
+) -> None:
+    first, other = random_step(layer, seed, how), random_step(layer, seed, how)
     first.forward()
     other.forward()
     paths = random_paths(other, seed)
@@ -353,10 +404,11 @@ def test_the_first_path_stays_in_the_cache_and_any_other_does_after_its_commit(l
     assert other.holds_chains(paths)
 
 
+@pytest.mark.parametrize("how", WAYS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
-def test_any_batch_is_served_and_committed(seed: int) -> None:
-    step = random_step(LAYERS["GQA"], seed)
+def test_any_batch_is_served_and_committed(how: type[TreeAttention], seed: int) -> None:
+    step = random_step(LAYERS["GQA"], seed, how)
 
     assert worst_error(step) <= step.layer.tolerance
 
@@ -365,9 +417,24 @@ def test_any_batch_is_served_and_committed(seed: int) -> None:
     assert step.holds_chains(paths)
 
 
+def test_prompts_of_more_rows_than_a_word_has_bits_stay_with_the_stock_kernel() -> None:
+    requests = [Request(3, 100), Request(40, 0, BRANCHING), Request(0, 65), Request(7, 63), Request(20)]
+    step = Step(LAYERS["GQA"], requests, 6, TreePass)
+
+    assert [len(words) for words in step.batch.ancestors(step.query_ends) or []] == [0, 13, 0, 64, 1]
+    assert worst_error(step) <= step.layer.tolerance
+
+
+def test_a_tree_and_a_prompt_of_more_rows_than_a_word_has_bits_are_served_in_rounds() -> None:
+    requests = [Request(40, 60, BRANCHING), Request(7)]
+
+    assert Step(LAYERS["GQA"], requests, 6).batch.ancestors([73, 74]) is None
+
+
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("context", [0, 1, BLOCK - 3, BLOCK - 1, BLOCK, 2 * BLOCK])
-def test_a_tree_may_cross_the_boundary_of_a_block(context: int) -> None:
-    step = Step(LAYERS["GQA"], [Request(context, 0, BRANCHING)], seed=3)
+def test_a_tree_may_cross_the_boundary_of_a_block(context: int, how: type[TreeAttention]) -> None:
+    step = Step(LAYERS["GQA"], [Request(context, 0, BRANCHING)], 3, how)
 
     assert worst_error(step) <= step.layer.tolerance
     assert step.holds_chains(step.first_paths())
@@ -380,7 +447,7 @@ def test_the_largest_tree_is_served_in_as_many_calls_as_it_has_leaves() -> None:
     num_leaves = sum(node not in parents for node in range(len(parents)))
 
     assert worst_error(step) <= step.layer.tolerance
-    assert len(step.metadata.rounds) == num_leaves > 10
+    assert len(step.rounds) == num_leaves > 10
 
 
 def test_metadata_of_a_batch_without_branches_goes_to_the_stock_kernel_unchanged() -> None:
@@ -445,25 +512,71 @@ def test_a_loaded_target_without_adapters_is_asked_what_it_multiplies(
 
 
 def test_rounds_that_do_not_write_their_paths_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TreeAttentionImpl, "_write", lambda *args: None)
+    monkeypatch.setattr(attention_rounds, "write", lambda *args: None)
 
     assert worst_error(random_step(LAYERS["GQA"], 2)) > 0.1
 
 
 def test_a_path_one_slot_too_short_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = attention._plan_round
+    plan = Call.plan
 
-    def shortened(metadata: Any, builder: Any, segments: Sequence[Segment]) -> CPUAttentionMetadata:
+    def shortened(metadata: Any, builder: Any, segments: Sequence[Segment]) -> Call:
         return plan(metadata, builder, [segment._replace(seq_len=segment.seq_len - 1) for segment in segments])
 
-    monkeypatch.setattr(attention, "_plan_round", shortened)
+    monkeypatch.setattr(Call, "plan", shortened)
 
     assert worst_error(random_step(LAYERS["GQA"], 2)) > 0.1
 
 
-def test_a_commit_that_is_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_in_which_nodes_see_all_that_lie_before_them_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_batch, "ancestor_words", lambda parents: ancestor_words(range(-1, len(parents) - 1)))
+
+    assert worst_error(random_step(LAYERS["GQA"], 2, TreePass)) > 0.1
+
+
+def test_a_cache_of_another_layout_is_noticed_and_served_in_rounds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = random_step(LAYERS["MHA"], 2)
+    stock = TreeAttentionImpl.do_kv_cache_update
+
+    def exchanged(self: Any, layer: Any, key: Any, value: Any, *rest: Any) -> None:
+        stock(self, layer, value, key, *rest)
+
+    monkeypatch.setattr(TreeAttentionImpl, "do_kv_cache_update", exchanged)
+    monkeypatch.setattr(attention_pass.logger, "propagate", True)
+    monkeypatch.setattr(TreeAttentionImpl, "forward", lambda self, *arguments: arguments[-1].zero_())
+
+    assert caches_served(step.builder, {"layer": step.module}) == {}
+    assert "leaf by leaf, which costs more: vLLM's cache is not what our kernel takes it for" in caplog.text
+
+
+def test_without_a_compiler_trees_are_served_in_rounds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def supports(*_: Any) -> bool:
+        raise RuntimeError("No working C++ compiler\nwas found")
+
+    step = random_step(LAYERS["GQA"], 2)
+    monkeypatch.setattr(cpu_tree_attention, "supports", supports)
+    monkeypatch.setattr(attention_pass.logger, "propagate", True)
+
+    assert caches_served(step.builder, {"layer": step.module}) == {}
+    assert "leaf by leaf, which costs more: No working C++ compiler" in caplog.text
+
+
+@pytest.mark.parametrize("attribute", ["alibi_slopes", "sinks"])
+def test_what_the_kernel_does_not_know_is_served_in_rounds(attribute: str) -> None:
+    step = random_step(LAYERS["GQA"], 2)
+    setattr(step.impl, attribute, torch.ones(4))
+
+    assert caches_served(step.builder, {"layer": step.module}) == {}
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_commit_that_is_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch, how: type[TreeAttention]) -> None:
     monkeypatch.setattr(attention, "commit", lambda *args: None)
-    step = Step(LAYERS["GQA"], [Request(30, 0, BRANCHING)], seed=4)
+    step = Step(LAYERS["GQA"], [Request(30, 0, BRANCHING)], 4, how)
     parents = step.batch.trees[0].parents
     step.forward()
 
@@ -472,16 +585,9 @@ def test_a_commit_that_is_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     assert not step.holds_chains([path_to(parents, len(parents) - 1)])
 
 
-def test_a_first_path_that_is_not_the_last_one_served_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_rounds = attention.add_rounds
-
-    def reversed_rounds(*args: Any) -> TreeAttentionMetadata:
-        metadata = add_rounds(*args)
-        metadata.rounds.reverse()
-        return metadata
-
-    monkeypatch.setattr(attention, "add_rounds", reversed_rounds)
+def test_a_first_path_that_is_not_the_last_one_served_is_noticed() -> None:
     step = Step(LAYERS["GQA"], [Request(30, 0, BRANCHING)], seed=4)
+    step.rounds.reverse()
     step.forward()
 
     assert not step.holds_chains(step.first_paths())

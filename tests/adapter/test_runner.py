@@ -60,6 +60,7 @@ def test_where_the_budget_is_fixed_passes_are_measured_once_if_a_drafter_asks(
     monkeypatch.setattr(runner_module.step_times, "measure", measure)
     runner = object.__new__(TreeModelRunner)
     runner._budget, runner.max_num_reqs, runner._matrices = None, max_num_reqs, TargetMatrices(wanted=False)
+    runner.attn_groups = []
     runner.drafter = SimpleNamespace(
         options=SimpleNamespace(budget="fixed"), tune=lambda seconds: answers.extend(map(seconds, asked))
     )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.adapter.trees import draft_tree, prefixes, random_tree, tree_of
 from tests.core.naive import Prefix
-from vllm_redrafter.adapter.attention import Segment
+from vllm_redrafter.adapter.attention_rounds import Segment
 from vllm_redrafter.adapter.tree_batch import (
     DraftTree,
     assemble,

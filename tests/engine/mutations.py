@@ -49,31 +49,42 @@ def leave_positions_linear() -> Iterator[None]:
 
 
 @contextmanager
+def serve_trees_in_rounds() -> Iterator[None]:
+    """Leave attention to the stock kernel, as for layers that ours does not compute; that alone breaks nothing."""
+    from vllm_redrafter.adapter.tree_batch import TreeBatch
+
+    with replaced(TreeBatch, "ancestors", lambda original: lambda *arguments: None):
+        yield
+
+
+@contextmanager
 def drop_the_path_writes() -> Iterator[None]:
     """Run the attention rounds, but leave the keys and values where the linear slot mapping put them."""
-    from vllm_redrafter.adapter import attention
+    from vllm_redrafter.adapter import attention_rounds
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: None
+    with (
+        serve_trees_in_rounds(),
+        replaced(attention_rounds, "write", lambda original: lambda *arguments: None),
+    ):
+        yield
 
-    with replaced(attention.TreeAttentionImpl, "_write", wrap):
+
+@contextmanager
+def drop_the_commit_of_rounds() -> Iterator[None]:
+    """Leave accepted branches where they are, in rounds."""
+    with serve_trees_in_rounds(), drop_the_commit():
         yield
 
 
 @contextmanager
 def attend_to_every_earlier_node() -> Iterator[None]:
     """Show nodes all that lie before them, as if the tree were a chain."""
-    from vllm_redrafter.adapter import attention
+    from vllm_redrafter.adapter import tree_batch
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def add_rounds(metadata: Any, *arguments: Any) -> Any:
-            with_rounds = original(metadata, *arguments)
-            with_rounds.rounds = [attention.Round(slice(0, metadata.num_actual_tokens), slice(0, 0), metadata)]
-            return with_rounds
+        return lambda parents: original(range(-1, len(list(parents)) - 1))
 
-        return add_rounds
-
-    with replaced(attention, "add_rounds", wrap):
+    with replaced(tree_batch, "ancestor_words", wrap):
         yield
 
 

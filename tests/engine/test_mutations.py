@@ -37,6 +37,7 @@ WORKLOADS: dict[str, Callable[[EnginePool, TinyPair], Workload]] = {
     ("mutation", "name"),
     [
         ("drop_the_commit", "greedy"),
+        ("drop_the_commit_of_rounds", "greedy"),
         ("leave_positions_linear", "greedy"),
         ("drop_the_path_writes", "greedy"),
         ("attend_to_every_earlier_node", "greedy"),
@@ -54,6 +55,15 @@ def test_a_broken_adapter_changes_the_text(engines: EnginePool, tiny_pair: TinyP
     with pytest.raises(AssertionError, match="differs"):
         assert_same_answers(broken, plain)
     assert_same_answers(engines.run(tiny_pair.drafted(), workload), plain)
+
+
+def test_trees_served_in_rounds_give_the_same_text(engines: EnginePool, tiny_pair: TinyPair) -> None:
+    workload = greedy(tiny_pair)
+
+    in_rounds = engines.run(tiny_pair.drafted(), replace(workload, mutation="serve_trees_in_rounds"))
+
+    assert_same_answers(in_rounds, engines.run(tiny_pair.plain(), workload))
+    assert in_rounds.stats["num_commits"] > 0
 
 
 def test_a_wrong_hidden_state_costs_acceptance_and_no_text(engines: EnginePool, tiny_pair: TinyPair) -> None:

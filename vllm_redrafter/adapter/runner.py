@@ -3,7 +3,7 @@
 What a step does differently, in the order in which a step does it:
 
     _prepare_inputs            which trees this step verifies; node i of a tree stands at position context + depth
-    _build_attention_metadata  the attention rounds of branching trees
+    _build_attention_metadata  the attention of branching trees
     _sample                    the acceptance walk, and the commit of the accepted paths
     propose_draft_token_ids    the next trees, from the hidden states at the last accepted nodes
 """
@@ -11,6 +11,7 @@ What a step does differently, in the order in which a step does it:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -31,8 +32,10 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_redrafter.adapter import attention, foresight, step_times, tree_batch
-from vllm_redrafter.adapter.attention import TreeAttentionMetadata
+from vllm_redrafter.adapter import attention, attention_pass, foresight, step_times, tree_batch
+from vllm_redrafter.adapter.attention import TreeAttention, TreeAttentionMetadata
+from vllm_redrafter.adapter.attention_pass import TreePass
+from vllm_redrafter.adapter.attention_rounds import TreeRounds
 from vllm_redrafter.adapter.budget import Budget, StepRecord, StepTimes
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
@@ -42,6 +45,7 @@ from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
 from vllm_redrafter.adapter.verification import Verifier, Walk
 from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.kernels.cpu_tree_attention import LayerCache
 
 Number = TypeVar("Number", int, float)
 
@@ -63,6 +67,7 @@ class TreeModelRunner(CPUModelRunner):
         self._batch = TreeBatch([], [], [], 0, 0, 0)
         self._query_ends: list[int] = []
         self._branching_attention: list[TreeAttentionMetadata] = []
+        self._caches_served: dict[str, LayerCache] = {}
         self._last_rows: list[int] = []
         self._budget: Budget | None = None
         self._step_started = 0.0
@@ -89,6 +94,9 @@ class TreeModelRunner(CPUModelRunner):
     def calibrate(self) -> None:
         """Choose how the target multiplies, then how the drafter searches, by what takes the least time here."""
         self._matrices.tune()
+        for group in itertools.chain.from_iterable(self.attn_groups):
+            layers = {name: self.compilation_config.static_forward_context[name] for name in group.layer_names}
+            self._caches_served |= attention_pass.caches_served(group.get_metadata_builder(0), layers)
         options = self.drafter.options
         if options.budget == "auto":
             times = self._measured(self.max_num_reqs * (1 + options.num_speculative_tokens))
@@ -173,19 +181,30 @@ class TreeModelRunner(CPUModelRunner):
     def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
         self._branching_attention = []
-        if not self._batch.num_branching or not self._query_ends or self._query_ends[-1] != num_tokens:
+        if not self._attends_itself() or self._query_ends[-1] != num_tokens:
             return metadata, common
         started = time.perf_counter()
         num_computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist()
-        segments = self._batch.segments(self._query_ends, num_computed)
-        for groups in self.attn_groups:
-            for group in groups:
-                stock = metadata[group.layer_names[0]]
-                with_rounds = attention.add_rounds(stock, group.get_metadata_builder(0), segments)
-                metadata.update(dict.fromkeys(group.layer_names, with_rounds))
-                self._branching_attention.append(with_rounds)
+        for group in itertools.chain.from_iterable(self.attn_groups):
+            names = group.layer_names
+            stock, builder = metadata[names[0]], group.get_metadata_builder(0)
+            trees = self._tree_attention(stock, builder, num_computed, names[0] in self._caches_served)
+            with_trees = TreeAttentionMetadata.of(stock, trees, names)
+            metadata.update(dict.fromkeys(names, with_trees))
+            self._branching_attention.append(with_trees)
         self.stats.adapter_seconds += time.perf_counter() - started
         return metadata, common
+
+    def _attends_itself(self) -> bool:
+        """Return whether this step needs more than the stock kernel, or is served by ours for less."""
+        return self._batch.num_branching > 0 or (self._batch.has_drafts and bool(self._caches_served))
+
+    def _tree_attention(self, stock: Any, builder: Any, num_computed: list[int], in_one_pass: bool) -> TreeAttention:
+        batch, ends = self._batch, self._query_ends
+        ancestors = batch.ancestors(ends) if in_one_pass else None
+        if ancestors is None:
+            return TreeRounds(stock, builder, batch.segments(ends, num_computed))
+        return TreePass(stock, builder, self._caches_served, batch.requests(ends, num_computed), ancestors)
 
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         started = time.perf_counter()

@@ -181,10 +181,8 @@ class _Packing:
             handler, weight = self._waiting.pop()
             try:
                 self._pack(handler, weight)
-            except (
-                RuntimeError,
-                OSError,
-            ) as error:  # there is no compiler, it fails, or its cache holds half a library
+            # there is no compiler, it fails, or its cache holds half a library
+            except (RuntimeError, OSError) as error:
                 self._give_up(str(error).partition("\n")[0])
 
     def _pack(self, handler: Any, weight: torch.Tensor) -> None:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_redrafter.adapter.attention import Segment
+from vllm_redrafter.adapter.attention_rounds import Segment
 from vllm_redrafter.core.beam_search import Candidates
+from vllm_redrafter.kernels.batch import MAX_ROWS, ancestor_words
 
 
 class DraftTree(NamedTuple):
@@ -103,6 +104,42 @@ class TreeBatch(NamedTuple):
     def has_drafts(self) -> bool:
         """Whether any request has something to verify."""
         return any(tree.token_ids for tree in self.trees)
+
+    def requests(self, query_ends: Sequence[int], num_computed: Sequence[int]) -> list[Segment]:
+        """Return all rows of every request as one segment each, whose keys and values stand in the linear slots.
+
+        Args:
+            query_ends: row behind the last of every request.
+            num_computed: tokens of every request that are cached before this step.
+        """
+        starts = [0, *query_ends[:-1]]
+        return [
+            Segment(request, start, end, computed + end - start)
+            for request, (start, end, computed) in enumerate(zip(starts, query_ends, num_computed, strict=True))
+        ]
+
+    def ancestors(self, query_ends: Sequence[int]) -> list[list[int]] | None:
+        """Return for every row of every request the word of the rows of this step that it sees (`kernels.batch`).
+
+        None of them for a request whose rows are more than a word has bits and a chain; None at all where such rows
+        branch.
+
+        Args:
+            query_ends: row behind the last of every request.
+        """
+        words = []
+        for tree, root_row, start, end in zip(
+            self.trees, self.root_rows, [0, *query_ends[:-1]], query_ends, strict=True
+        ):
+            num_before = root_row - start  # rows of the prompt
+            if end - start <= MAX_ROWS:
+                in_tree = (num_before + parent for parent in tree.parents[1:])
+                words.append(ancestor_words([*range(-1, num_before), *in_tree]))
+            elif len(path_segments(tree.parents)) == 1:
+                words.append([])
+            else:
+                return None
+        return words
 
     def segments(self, query_ends: Sequence[int], num_computed: Sequence[int]) -> list[list[Segment]]:
         """Return every request's segments, first path first.

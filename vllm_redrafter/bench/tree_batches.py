@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_redrafter.kernels.batch import TreeBatch
+from vllm_redrafter.kernels.batch import TreeBatch, ancestor_words
 
 
 class Batch(NamedTuple):
@@ -27,14 +27,6 @@ class Batch(NamedTuple):
 def random_parents(num_rows: int, generator: torch.Generator) -> list[int]:
     """Return a random tree, parents before children; -1 at the root."""
     return [-1, *(int(torch.randint(row, (), generator=generator)) for row in range(1, num_rows))][:num_rows]
-
-
-def ancestor_words(parents: Sequence[int]) -> list[int]:
-    """Return the word of every node, as the signed 64-bit integer that a tensor holds."""
-    words: list[int] = []
-    for row, parent in enumerate(parents):
-        words.append((words[parent] if parent >= 0 else 0) | 1 << row)
-    return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
 def random_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,18 @@ class TreeBatch(NamedTuple):
                 f"block_table, query_start_loc and seq_lens are of {of_others} requests, but ancestors of "
                 f"{num_requests}: pass tensors of one batch"
             )
+
+
+def ancestor_words(parents: Sequence[int]) -> list[int]:
+    """Return the word of every node, as the signed 64-bit integer that a tensor holds.
+
+    Args:
+        parents: of at most `MAX_ROWS` nodes, those of the roots -1.
+    """
+    words: list[int] = []
+    for row, parent in enumerate(parents):
+        words.append((words[parent] if parent >= 0 else 0) | 1 << row)
+    return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
 class PaddedTrees(NamedTuple):

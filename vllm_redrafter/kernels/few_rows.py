@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch.nn import functional
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+from vllm_redrafter.kernels import cpu_library
 
 
 class PackedMatrix:
@@ -60,10 +59,7 @@ class PackedMatrix:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # torch.compile's own way to a compiler: it finds one, tells processors apart, and keeps what it has compiled
-    from torch._inductor.codecache import CppCodeCache
-
-    library: ctypes.CDLL = CppCodeCache.load(_SOURCE.read_text())
+    library = cpu_library.load("few_rows")
     library.panel_width.restype = ctypes.c_int64
     library.linear.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3]
     library.linear.restype = None
