@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +14,10 @@ from vllm.config.compilation import CompilationMode
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tests.adapter.trees import draft_tree
-from vllm_redrafter.adapter import loading
+from vllm_redrafter.adapter import loading, packed_drafter
 from vllm_redrafter.adapter import proposer as proposer_module
 from vllm_redrafter.adapter.config import ReDrafterOptions
+from vllm_redrafter.adapter.packed_drafter import PackedLinear
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.searcher import SEVERAL, Searcher
 from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
@@ -366,6 +367,60 @@ def test_weights_are_rounded_where_that_saves_more_than_it_costs(
     proposer.tune(lambda num_rows: 1.0)
 
     assert {held_in(searcher) for searcher in searchers_used(proposer, monkeypatch)} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_ranks", "pack_target", "least_size", "expected"),
+    [
+        (torch.float32, 1, None, 0, [False, True]),
+        (torch.float32, 1, True, 0, [False, True]),
+        (torch.float32, 1, False, 0, [False, False]),
+        # ranks might choose differently
+        (torch.float32, 2, None, 0, [False, False]),
+        (torch.bfloat16, 1, None, 0, [False, False]),
+        # caches hold it
+        (torch.float32, 1, None, 1_000_000, [False, False]),
+    ],
+)
+def test_for_several_requests_a_large_drafter_is_packed_where_the_target_may_be(
+    dtype: torch.dtype,
+    num_ranks: int,
+    pack_target: bool | None,
+    least_size: int,
+    expected: list[bool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(proposer_module, "_LARGE", least_size)
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, num_requests: 2.0 - is_packed(self))
+    options = replace(stored(tmp_path), pack_target=pack_target)
+    proposer = proposer_of(options, dtype, num_ranks=num_ranks)
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+    proposer.tune(lambda num_rows: 1.0)
+
+    assert [is_packed(searcher) for searcher in searchers_used(proposer, monkeypatch)] == expected
+
+
+def is_packed(searcher: Searcher) -> bool:
+    return any(isinstance(module, PackedLinear) for module in searcher.drafter.modules())
+
+
+def test_without_a_compiler_no_drafter_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(drafter: ReDrafter) -> ReDrafter:
+        raise RuntimeError("No working C++ compiler\nwas found")
+
+    warnings: list[str] = []
+    monkeypatch.setattr(proposer_module.logger, "warning", lambda message, *args: warnings.append(message % args))
+    monkeypatch.setattr(packed_drafter, "packed", packed)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(proposer_module, "_LARGE", 0)
+    proposer = proposer_of(stored(tmp_path))
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+    proposer.tune(lambda num_rows: 1.0)
+
+    assert not any(is_packed(searcher) for searcher in searchers_used(proposer, monkeypatch))
+    assert warnings == ["The drafter's matrices are not packed: No working C++ compiler"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,30 @@ def test_for_several_requests_one_program_serves_any_number(monkeypatch: pytest.
     assert runs == [2, 3, 4, 5, 16]
 
 
+def test_a_compiled_search_may_read_packed_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, number: 2.0 - ("packed" in str(self)))
+    plain = make_searcher
+    monkeypatch.setitem(globals(), "make_searcher", lambda **shape: plain(**shape).packed(searcher.SEVERAL))
+    fast = compiled(monkeypatch, searcher.SEVERAL)
+    runs = count_runs(fast, monkeypatch)
+
+    for number in (2, 5, 16):
+        same(fast.search(*inputs(number), -math.inf), plain().search(*inputs(number), -math.inf))
+
+    assert runs == [2, 5, 16]
+    assert str(fast) == "3 x 5 tokens, weights in 32 bits, packed, compiled"
+
+
+def test_packed_matrices_are_read_where_that_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = make_searcher()
+    for seconds, is_packed in ((1.0, True), (3.0, False)):
+        monkeypatch.setattr(
+            Searcher, "scoring_seconds", lambda self, number, packed=seconds: packed if "packed" in str(self) else 2.0
+        )
+
+        assert (stock.packed(searcher.SEVERAL) is not stock) == is_packed
+
+
 def test_what_no_program_is_made_for_is_searched_for_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = compiled(monkeypatch, searcher.SEVERAL)
     runs = count_runs(fast, monkeypatch)

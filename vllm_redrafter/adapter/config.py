@@ -59,7 +59,8 @@ class ReDrafterOptions:
     budget: str
     """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
     pack_target: bool | None = None
-    """Whether a CPU holds the target's fp32 matrices once more, packed for a few rows; None: where that is quicker."""
+    """Whether a CPU holds fp32 matrices once more, packed for a few rows: the target's, and a drafter's unless this is
+    false; None: where that is quicker."""
     fused_layers: list[int] | None = None
     """Layers whose outputs the drafter sees; not the user's to choose, but vLLM's compile cache is keyed by options."""
 

@@ -57,6 +57,7 @@ class ReDrafterProposer:
         drafter, embed, num_parameters = loading.load_beside(target, Path(self.options.model), self.dtype)
         self.hold(drafter, embed)
         is_large = num_parameters > _LARGE and self.dtype != torch.bfloat16
+        self._may_pack = is_large and self.dtype == torch.float32 and self.options.pack_target is not False
         if is_large and self.has_one_rank and torch.cpu._is_avx512_bf16_supported():
             self._copies += [
                 self._searcher(copy.deepcopy(drafter).to(torch.bfloat16), torch.bfloat16),
@@ -72,6 +73,7 @@ class ReDrafterProposer:
         self.drafted_ids = drafter.drafted_ids(torch.device("cpu"))
         self._for_one = self._for_several = self._searcher(drafter, self.dtype)
         self._copies = [self._for_one]
+        self._may_pack = False
 
     def tune(self, step_seconds: Callable[[int], float]) -> None:
         """Choose how to search by what is fastest here: the weights' precision, beams, compiled or not.
@@ -94,6 +96,9 @@ class ReDrafterProposer:
 
     def _tuned(self, num_requests: int, step_seconds: Callable[[int], float]) -> Searcher:
         searchers = self._copies
+        if self._may_pack and num_requests > 1:
+            # one request with one beam has loops of its own (`one_row`)
+            searchers = [self._with_quicker_products(searcher, num_requests) for searcher in searchers]
         if len(searchers) > 1:
             # less to read is not always quicker
             seconds = [searcher.scoring_seconds(num_requests) for searcher in searchers]
@@ -111,11 +116,20 @@ class ReDrafterProposer:
             return searchers[0]
 
         def cost(searcher: Searcher) -> float:
-            is_rounded = searcher.drafter is not self.drafter
+            is_rounded = searcher.dtype != self.dtype
             lost = _LOST_BY_ROUNDING * step_seconds(num_requests) if is_rounded else 0.0
             return searcher.seconds(num_requests) + lost
 
         return min(searchers, key=cost)
+
+    def _with_quicker_products(self, searcher: Searcher, num_requests: int) -> Searcher:
+        if searcher.dtype != self.dtype:
+            return searcher
+        try:
+            return searcher.packed(num_requests)
+        except (RuntimeError, OSError) as error:  # there is no compiler, it fails, or its cache holds half a library
+            logger.warning("The drafter's matrices are not packed: %s", str(error).partition("\n")[0])
+            return searcher
 
     def _searcher(self, drafter: ReDrafter, dtype: torch.dtype) -> Searcher:
         shape = self.options.shape

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from vllm.logger import init_logger
 
-from vllm_redrafter.adapter import one_row
+from vllm_redrafter.adapter import one_row, packed_drafter
 from vllm_redrafter.adapter.foresight import KnownDraws
+from vllm_redrafter.adapter.packed_drafter import PackedLinear
 from vllm_redrafter.adapter.timing import median_seconds
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
@@ -53,7 +54,7 @@ class Searcher:
     ) -> None:
         self.drafter = drafter
         self.shape = shape
-        self._dtype = dtype
+        self.dtype = dtype
         self._embed = embed
         self._num_candidates = num_candidates
         self._search = BeamSearch(drafter, embed, shape, num_candidates, SHARPNESS)
@@ -63,7 +64,9 @@ class Searcher:
     def __str__(self) -> str:
         how = "compiled" if self._programs else "uncompiled"
         tensors = itertools.chain(self.drafter.parameters(), self.drafter.buffers())
-        num_bytes = min((each.itemsize for each in tensors if each.ndim == 2), default=self._dtype.itemsize)
+        num_bytes = min((each.itemsize for each in tensors if each.ndim == 2), default=self.dtype.itemsize)
+        if any(isinstance(module, PackedLinear) for module in self.drafter.modules()):
+            how = f"packed, {how}"
         if False in self._programs and self._one_row is not None:
             how = "one row in 16, compiled"
         return f"{self.shape.width} x {self.shape.length} tokens, weights in {8 * num_bytes} bits, {how}"
@@ -80,7 +83,7 @@ class Searcher:
 
         A compiled search looks after half of the depths only.
         """
-        hidden = hidden.to(self._dtype)
+        hidden = hidden.to(self.dtype)
         num_requests = len(init_ids)
         program = self._programs.get(num_requests > 1)
         if program is not None and num_requests <= _MOST_TOGETHER:
@@ -120,9 +123,22 @@ class Searcher:
     @torch.inference_mode()
     def scoring_seconds(self, num_requests: int) -> float:
         """Return the time of the products of one depth, the drafter's weights cold."""
-        hidden = torch.zeros(num_requests * self.shape.width, self.drafter.config.input_size, dtype=self._dtype)
+        hidden = torch.zeros(num_requests * self.shape.width, self.drafter.config.input_size, dtype=self.dtype)
         state = self.drafter.start(hidden)
         return median_seconds(lambda: self.drafter.logits(state))
+
+    def packed(self, num_requests: int) -> Searcher:
+        """Return a search whose products read packed matrices if they are quicker; else this one.
+
+        Raises:
+            RuntimeError: there is no C++ compiler, or it fails.
+            OSError: what was compiled cannot be loaded.
+        """
+        drafter = packed_drafter.packed(self.drafter)
+        if drafter is None:
+            return self
+        other = Searcher(drafter, self.dtype, self._embed, self.shape, self._num_candidates)
+        return other if other.scoring_seconds(num_requests) < self.scoring_seconds(num_requests) else self
 
     def narrowed(self, num_requests: int, most_seconds: float, *, will_compile: bool = False) -> Searcher:
         """Return a search with one beam if all of them take more than so much longer; else this one.
@@ -130,7 +146,7 @@ class Searcher:
         Both are timed uncompiled, but it counts what `compile` will save on products of one row alone.
         """
         shape = self.shape._replace(width=1)
-        narrow = Searcher(self.drafter, self._dtype, self._embed, shape, self._num_candidates)
+        narrow = Searcher(self.drafter, self.dtype, self._embed, shape, self._num_candidates)
         seconds = narrow.seconds(num_requests)
         if will_compile and num_requests == 1 and narrow._one_row is not None:
             seconds -= narrow._one_row.saved_seconds
@@ -142,7 +158,7 @@ class Searcher:
         drafter = one_row.for_one_row(self.drafter) if self.shape.width == 1 else None
         if drafter is None:
             return None
-        hidden = torch.zeros(1, 1, self.drafter.config.input_size, dtype=self._dtype)
+        hidden = torch.zeros(1, 1, self.drafter.config.input_size, dtype=self.dtype)
         score = _compiled(drafter.logits)
         try:
             with torch.inference_mode():

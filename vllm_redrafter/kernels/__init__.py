@@ -1,6 +1,6 @@
 """What runs on the GPU, in Triton: every kernel stands beside its twin in plain torch, under one name and signature.
 
-`few_rows` alone is for CPUs.
+`few_rows` and `cpu_tree_attention` are for CPUs, in C++; the latter shares the twin of `tree_attention`.
 """
 
 from __future__ import annotations

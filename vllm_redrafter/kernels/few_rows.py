@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
@@ -21,6 +22,9 @@ class PackedMatrix:
     Args:
         weight: [outputs, inputs] fp32, on the CPU; it is copied.
 
+    Attributes:
+        panels: the copy, [panels, inputs, width].
+
     Raises:
         RuntimeError: there is no C++ compiler, or it fails.
         OSError: what was compiled cannot be loaded.
@@ -30,13 +34,12 @@ class PackedMatrix:
         width = int(_library().panel_width())
         self.num_outputs, self.num_inputs = weight.shape
         padded = functional.pad(weight.detach(), (0, 0, 0, -self.num_outputs % width))
-        self._panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
-        self._linear = _library().linear
+        self.panels = padded.view(-1, width, self.num_inputs).transpose(1, 2).contiguous()
 
     @property
     def num_bytes(self) -> int:
         """What the packed copy takes."""
-        return self._panels.nbytes
+        return self.panels.nbytes
 
     def linear(
         self,
@@ -45,16 +48,34 @@ class PackedMatrix:
         out: torch.Tensor,  # [rows, outputs] fp32, contiguous
     ) -> None:
         """Write `x @ weight.T + bias`; a row's result does not depend on the other rows."""
-        x = x.contiguous()
-        self._linear(
-            x.data_ptr(),
-            self._panels.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            self.num_inputs,
-            self.num_outputs,
-        )
+        linear(x, self.panels, bias, out)
+
+
+def linear(
+    x: torch.Tensor,  # [rows, inputs] fp32
+    panels: torch.Tensor,  # of a `PackedMatrix`
+    bias: torch.Tensor | None,  # [outputs] fp32
+    out: torch.Tensor,  # [rows, outputs] fp32, contiguous
+) -> None:
+    """Do what `PackedMatrix.linear` does, for those who keep its panels themselves."""
+    x = x.contiguous()
+    rows, inputs = x.shape
+    _linear()(
+        x.data_ptr(),
+        panels.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        inputs,
+        out.shape[1],
+    )
+
+
+@functools.cache
+def _linear() -> Callable[..., None]:
+    # looked up once: an attribute of a library takes longer than what a small product computes
+    function: Callable[..., None] = _library().linear
+    return function
 
 
 @functools.cache
