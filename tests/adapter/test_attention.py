@@ -366,11 +366,11 @@ def how(request: pytest.FixtureRequest, layer: Layer) -> type[TreeAttention]:
 
 
 def is_served_in_one_pass(layer: Layer) -> bool:
-    return layer.dtype == torch.float32 and layer.kv_cache_dtype == "auto" and layer.head_size % _panel_width() == 0
-
-
-def _panel_width() -> int:
-    return int(cpu_tree_attention._library().panel_width())
+    return (
+        layer.dtype == torch.float32
+        and layer.kv_cache_dtype == "auto"
+        and layer.head_size % cpu_tree_attention.panel_width() == 0
+    )
 
 
 def test_fp32_layers_are_served_in_one_pass_and_others_are_not(layer: Layer) -> None:

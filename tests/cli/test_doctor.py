@@ -44,6 +44,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             VLLM_RANGE=(Version("0.32.0"), Version("0.34")),
         ),
         "vllm_redrafter.adapter.patches": types.SimpleNamespace(check_contracts=lambda: CONTRACTS),
+        "vllm_redrafter.kernels.cpu_tree_attention": types.SimpleNamespace(panel_width=lambda: 16),
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -84,6 +85,18 @@ def test_versions_outside_the_tested_range_are_a_problem(healthy: dict[str, Any]
 
     assert breaks("vLLM version").state == PROBLEM
     assert breaks("vLLM version").found.startswith("0.33.0: tested are 0.32.0")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_without_a_compiler_attention_in_rounds_is_noted(healthy: dict[str, Any], error: type[Exception]) -> None:
+    def panel_width() -> int:
+        raise error("no C++ compiler\nanywhere")
+
+    healthy["modules"]["vllm_redrafter.kernels.cpu_tree_attention"].panel_width = panel_width
+
+    found = breaks("attention")
+    assert (found.state, found.remedy) == (NOTE, "apt install g++")
+    assert found.found.endswith("in one round per path of a tree, which costs more: no C++ compiler")
 
 
 def test_two_vllms_are_a_problem(healthy: dict[str, Any]) -> None:

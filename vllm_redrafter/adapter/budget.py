@@ -8,9 +8,9 @@ batch's nodes sorted by p, verifying the best k of them yields
 tokens per second. The k where that is highest is the budget of the whole batch, and how it is shared among the
 requests follows from the sorting. The p come from the drafter's own log-probabilities, corrected by what was accepted
 so far (`Calibration`); the times come from forward passes measured at start, corrected by the steps served so far
-(`Load`). Branches may cost more than their rows, so the nodes of all best paths, sorted alike, compete with those of all
-trees. When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then; a large
-batch must gain more than a small one.
+(`Load`). Branches may cost more than their rows, so the nodes of all best paths, sorted alike, compete with those of
+all trees. When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then; a
+large batch must gain more than a small one.
 
 A choice is made of a few dozen numbers at every step, which is why they stand in lists: calls of numpy would take
 longer than what they compute.

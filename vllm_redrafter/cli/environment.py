@@ -178,7 +178,13 @@ def check_attention() -> Finding:
     """Return how trees are verified."""
     if _runs_v2():
         return Finding("attention", OK, "vLLM's own backend, and a Triton kernel for the rows of trees")
-    return Finding("attention", OK, "vLLM's own CPU kernel, in one round per path of a tree")
+    in_rounds = "vLLM's own CPU kernel, in one round per path of a tree"
+    try:
+        importlib.import_module("vllm_redrafter.kernels.cpu_tree_attention").panel_width()
+    except (RuntimeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        return Finding("attention", NOTE, f"{in_rounds}, which costs more: {reason}", "apt install g++")
+    return Finding("attention", OK, f"one pass over a tree where a target is fp32, else {in_rounds}")
 
 
 def check_contracts() -> list[Finding]:

@@ -139,8 +139,18 @@ def supports(head_size: int, block_size: int) -> bool:
         RuntimeError: there is no C++ compiler, or it fails.
         OSError: what was compiled cannot be loaded.
     """
-    width = int(_library().panel_width())
+    width = panel_width()
     return head_size % width == 0 and block_size % width == 0
+
+
+def panel_width() -> int:
+    """Return the columns of a panel on this processor.
+
+    Raises:
+        RuntimeError: there is no C++ compiler, or it fails.
+        OSError: what was compiled cannot be loaded.
+    """
+    return int(_library().panel_width())
 
 
 _COLUMNS = ("block_table", "query_start_loc", "seq_lens", "ancestors")
