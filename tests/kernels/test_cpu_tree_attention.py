@@ -83,6 +83,10 @@ def test_requests_with_fewer_rows_or_none() -> None:
     assert_same(batch_of([30, 12, 0, 45], [5, 0, 0, 2], max_rows=9))
 
 
+def test_many_requests_of_different_sizes() -> None:
+    assert_same(batch_of(list(range(0, 120, 3)), [1 + index * 7 % 23 for index in range(40)]))
+
+
 def test_rows_of_padding_become_zero() -> None:
     batch = batch_of([300, 17], [6, 6])
     batch.trees.ancestors[:, 4:] = 0
@@ -183,5 +187,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in (query.bfloat16(), query[:, :3], query[:3], query[..., :32], query.transpose(1, 2).contiguous().mT):
         with pytest.raises(ValueError, match=r"pass \[at least 4, a multiple of 2, 64\] fp32"):
             call(query=wrong)
+    with pytest.raises(ValueError, match="pass int32"):
+        cpu_tree_attention.TreeAttention(trees._replace(seq_lens=trees.seq_lens.long()))
     with pytest.raises(ValueError, match="the outputs contiguous"):
         call(out=torch.empty(len(out), 5, 64)[:, :4])

@@ -178,30 +178,42 @@ static void join(const Call& call, const Request& request, int64_t kv_head, cons
 extern "C" int64_t panel_width() { return kWidth; }
 
 extern "C" void tree_attention(const Call* call) {
-  const int64_t heads = call->num_heads / call->num_kv_heads, queries = call->max_rows * heads;
-  const int64_t part_size = queries * (call->head_size + 2), num_splits = call->num_splits;
-  thread_local std::vector<float> memory;  // of all parts
-  const int64_t num_pairs = call->num_requests * call->num_kv_heads, num_tasks = num_pairs * num_splits;
-  memory.resize(std::max<size_t>(memory.size(), num_tasks * part_size));
-  std::vector<Seen> parts(num_tasks);
-  for (int64_t task = 0; task < num_tasks; ++task) {
-    float* part = memory.data() + task * part_size;
-    parts[task] = {part, part + queries * call->head_size, part + queries * (call->head_size + 1)};
+  const int64_t heads = call->num_heads / call->num_kv_heads, num_splits = call->num_splits;
+  struct Pair {
+    Request request;
+    int64_t kv_head;
+    int64_t part_size;  // of one task
+  };
+  std::vector<Pair> pairs;
+  int64_t size = 0;
+  for (int64_t index = 0; index < call->num_requests; ++index) {
+    const Request request(*call, index);
+    if (request.rows > call->max_rows) continue;
+    for (int64_t kv_head = 0; kv_head < call->num_kv_heads; ++kv_head) {
+      pairs.push_back({request, kv_head, request.rows * heads * (call->head_size + 2)});
+      size += pairs.back().part_size * num_splits;
+    }
   }
+  thread_local std::vector<float> memory;  // of all parts
+  memory.resize(std::max<size_t>(memory.size(), size));
+  std::vector<Seen> parts;
+  float* part = memory.data();
+  for (const Pair& pair : pairs)
+    for (int64_t split = 0; split < num_splits; ++split, part += pair.part_size) {
+      const int64_t queries = pair.request.rows * heads;
+      parts.push_back({part, part + queries * call->head_size, part + queries * (call->head_size + 1)});
+    }
+  const int64_t num_pairs = pairs.size();
 #pragma omp parallel
   {
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < num_tasks; ++task) {
-      const int64_t pair = task / num_splits;
-      const Request request(*call, pair / call->num_kv_heads);
-      if (request.rows > call->max_rows) continue;
-      attend(*call, request, pair % call->num_kv_heads, task % num_splits, parts[task]);
-      if (num_splits == 1) join(*call, request, pair % call->num_kv_heads, &parts[task]);
+    for (int64_t task = 0; task < num_pairs * num_splits; ++task) {
+      const Pair& pair = pairs[task / num_splits];
+      attend(*call, pair.request, pair.kv_head, task % num_splits, parts[task]);
+      if (num_splits == 1) join(*call, pair.request, pair.kv_head, &parts[task]);
     }
 #pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < (num_splits > 1 ? num_pairs : 0); ++pair) {
-      const Request request(*call, pair / call->num_kv_heads);
-      if (request.rows <= call->max_rows) join(*call, request, pair % call->num_kv_heads, &parts[pair * num_splits]);
-    }
+    for (int64_t index = 0; index < (num_splits > 1 ? num_pairs : 0); ++index)
+      join(*call, pairs[index].request, pairs[index].kv_head, &parts[index * num_splits]);
   }
 }

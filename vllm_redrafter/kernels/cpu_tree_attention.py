@@ -85,6 +85,11 @@ class TreeAttention:
     def __init__(self, trees: TreeBatch) -> None:
         trees.check()
         columns = trees.block_table, trees.query_start_loc, trees.seq_lens, trees.ancestors
+        if any(column.dtype != torch.int32 for column in columns[:3]):
+            raise ValueError(
+                f"block_table, query_start_loc and seq_lens are {[str(column.dtype) for column in columns[:3]]}: pass "
+                "int32"
+            )
         self._columns = [column.contiguous() for column in columns]
         self._num_requests, max_rows = trees.ancestors.shape
         self._max_seq_len = trees.max_seq_len
