@@ -372,34 +372,52 @@ def test_weights_are_rounded_where_that_saves_more_than_it_costs(
 @pytest.mark.parametrize(
     ("dtype", "num_ranks", "pack_target", "least_size", "expected"),
     [
-        (torch.float32, 1, None, 0, [False, True]),
-        (torch.float32, 1, True, 0, [False, True]),
-        (torch.float32, 1, False, 0, [False, False]),
+        (torch.float32, 1, None, 0, True),
+        (torch.float32, 1, True, 0, True),
+        (torch.float32, 1, False, 0, False),
         # ranks might choose differently
-        (torch.float32, 2, None, 0, [False, False]),
-        (torch.bfloat16, 1, None, 0, [False, False]),
+        (torch.float32, 2, None, 0, False),
+        (torch.bfloat16, 1, None, 0, False),
         # caches hold it
-        (torch.float32, 1, None, 1_000_000, [False, False]),
+        (torch.float32, 1, None, 1_000_000, False),
     ],
 )
-def test_for_several_requests_a_large_drafter_is_packed_where_the_target_may_be(
+def test_a_large_drafter_is_packed_where_the_target_may_be(
     dtype: torch.dtype,
     num_ranks: int,
     pack_target: bool | None,
     least_size: int,
-    expected: list[bool],
+    expected: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(proposer_module, "_LARGE", least_size)
     monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, num_requests: 2.0 - is_packed(self))
-    options = replace(stored(tmp_path), pack_target=pack_target)
+    options = replace(stored(tmp_path), pack_target=pack_target, budget="fixed")
     proposer = proposer_of(options, dtype, num_ranks=num_ranks)
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
     proposer.tune(lambda num_rows: 1.0)
 
-    assert [is_packed(searcher) for searcher in searchers_used(proposer, monkeypatch)] == expected
+    assert [is_packed(searcher) for searcher in searchers_used(proposer, monkeypatch)] == [expected] * 2
+
+
+@pytest.mark.parametrize(("width", "kept", "expected"), [(2, 2, True), (2, 1, False), (1, 1, False)])
+def test_one_beam_of_one_request_is_not_packed(
+    width: int, kept: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(proposer_module, "_LARGE", 0)
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, num_requests: 2.0 - is_packed(self))
+    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: float(self.shape.width))
+    proposer = proposer_of(replace(stored(tmp_path), beam_width=width))
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+    # beams are worth a fiftieth of a step
+    proposer.tune(lambda num_rows: 100.0 if kept == 2 else 1.0)
+
+    one, several = searchers_used(proposer, monkeypatch)
+    assert (one.shape.width, several.shape.width) == (kept, kept)
+    assert (is_packed(one), is_packed(several)) == (expected, True)
 
 
 def is_packed(searcher: Searcher) -> bool:

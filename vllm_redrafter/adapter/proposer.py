@@ -96,8 +96,7 @@ class ReDrafterProposer:
 
     def _tuned(self, num_requests: int, step_seconds: Callable[[int], float]) -> Searcher:
         searchers = self._copies
-        if self._may_pack and num_requests > 1:
-            # one request with one beam has loops of its own (`one_row`)
+        if self._may_pack and num_requests * self.options.beam_width > 1:
             searchers = [self._with_quicker_products(searcher, num_requests) for searcher in searchers]
         if len(searchers) > 1:
             # less to read is not always quicker
@@ -128,6 +127,7 @@ class ReDrafterProposer:
         try:
             return searcher.packed(num_requests)
         except (RuntimeError, OSError) as error:  # there is no compiler, it fails, or its cache holds half a library
+            self._may_pack = False
             logger.warning("The drafter's matrices are not packed: %s", str(error).partition("\n")[0])
             return searcher
 

@@ -57,6 +57,7 @@ class Searcher:
         self.dtype = dtype
         self._embed = embed
         self._num_candidates = num_candidates
+        self._unpacked = self
         self._search = BeamSearch(drafter, embed, shape, num_candidates, SHARPNESS)
         self._programs: dict[bool, _Program] = {}  # by whether there is more than one request
         self._no_noise = torch.zeros(0)  # [most requests of a program, depths, head_size]
@@ -138,6 +139,7 @@ class Searcher:
         if drafter is None:
             return self
         other = Searcher(drafter, self.dtype, self._embed, self.shape, self._num_candidates)
+        other._unpacked = self
         return other if other.scoring_seconds(num_requests) < self.scoring_seconds(num_requests) else self
 
     def narrowed(self, num_requests: int, most_seconds: float, *, will_compile: bool = False) -> Searcher:
@@ -146,7 +148,9 @@ class Searcher:
         Both are timed uncompiled, but it counts what `compile` will save on products of one row alone.
         """
         shape = self.shape._replace(width=1)
-        narrow = Searcher(self.drafter, self.dtype, self._embed, shape, self._num_candidates)
+        # one row has loops of its own
+        drafter = self._unpacked.drafter if num_requests == 1 else self.drafter
+        narrow = Searcher(drafter, self.dtype, self._embed, shape, self._num_candidates)
         seconds = narrow.seconds(num_requests)
         if will_compile and num_requests == 1 and narrow._one_row is not None:
             seconds -= narrow._one_row.saved_seconds
