@@ -191,7 +191,7 @@ class Step:
     def commit(self, nodes: Sequence[list[int]]) -> None:
         """Let the runner commit the accepted path of every request, given as nodes from the root."""
         runner = SimpleNamespace(
-            _branching_attention=[self.metadata],
+            _tree_metadata=[self.metadata],
             _batch=self.batch,
             stats=SimpleNamespace(num_commits=0),
             compilation_config=SimpleNamespace(static_forward_context={"layer": self.module}),

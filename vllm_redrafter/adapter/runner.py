@@ -66,7 +66,7 @@ class TreeModelRunner(CPUModelRunner):
         self._proposed: dict[str, DraftTree] = {}
         self._batch = TreeBatch([], [], [], 0, 0, 0)
         self._query_ends: list[int] = []
-        self._branching_attention: list[TreeAttentionMetadata] = []
+        self._tree_metadata: list[TreeAttentionMetadata] = []
         self._caches_served: dict[str, LayerCache] = {}
         self._last_rows: list[int] = []
         self._budget: Budget | None = None
@@ -180,7 +180,7 @@ class TreeModelRunner(CPUModelRunner):
 
     def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
-        self._branching_attention = []
+        self._tree_metadata = []
         if not self._attends_itself() or self._query_ends[-1] != num_tokens:
             return metadata, common
         started = time.perf_counter()
@@ -191,7 +191,7 @@ class TreeModelRunner(CPUModelRunner):
             trees = self._tree_attention(stock, builder, num_computed, names[0] in self._caches_served)
             with_trees = TreeAttentionMetadata.of(stock, trees, names)
             metadata.update(dict.fromkeys(names, with_trees))
-            self._branching_attention.append(with_trees)
+            self._tree_metadata.append(with_trees)
         self.stats.adapter_seconds += time.perf_counter() - started
         return metadata, common
 
@@ -221,7 +221,7 @@ class TreeModelRunner(CPUModelRunner):
 
     def _commit(self, walk: Walk) -> None:
         """Move the keys and values of accepted nodes that are not on their tree's first path to their slots."""
-        if not self._branching_attention:
+        if not self._tree_metadata:
             return
         rows, slot_rows = [], []
         for root_row, nodes in zip(self._batch.root_rows, walk.nodes, strict=True):
@@ -232,9 +232,9 @@ class TreeModelRunner(CPUModelRunner):
         if rows:
             self.stats.num_commits += 1
             layers = self.compilation_config.static_forward_context
-            for metadata in self._branching_attention:
+            for metadata in self._tree_metadata:
                 attention.commit(layers, metadata, rows, slot_rows)
-        self._branching_attention = []
+        self._tree_metadata = []
 
     def _count(self, walk: Walk, discarded: frozenset[int]) -> None:
         """Count what was verified, for the statistics and for the budget."""

@@ -135,10 +135,9 @@ class Searcher:
             RuntimeError: there is no C++ compiler, or it fails.
             OSError: what was compiled cannot be loaded.
         """
-        drafter = packed_drafter.packed(self.drafter)
-        if drafter is None:
+        if self._packed_drafter is None:
             return self
-        other = Searcher(drafter, self.dtype, self._embed, self.shape, self._num_candidates)
+        other = Searcher(self._packed_drafter, self.dtype, self._embed, self.shape, self._num_candidates)
         other._unpacked = self
         return other if other.scoring_seconds(num_requests) < self.scoring_seconds(num_requests) else self
 
@@ -155,6 +154,10 @@ class Searcher:
         if will_compile and num_requests == 1 and narrow._one_row is not None:
             seconds -= narrow._one_row.saved_seconds
         return narrow if self.seconds(num_requests) > seconds + most_seconds else self
+
+    @functools.cached_property
+    def _packed_drafter(self) -> ReDrafter | None:
+        return packed_drafter.packed(self.drafter)
 
     @functools.cached_property
     def _one_row(self) -> _OneRow | None:
