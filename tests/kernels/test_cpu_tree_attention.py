@@ -87,6 +87,12 @@ def test_many_requests_of_different_sizes() -> None:
     assert_same(batch_of(list(range(0, 120, 3)), [1 + index * 7 % 23 for index in range(40)]))
 
 
+def test_what_others_left_in_slots_behind_a_request_is_not_seen() -> None:
+    batch = batch_of([37, 30], [5, 1])
+
+    assert_same(batch._replace(cache=batch.cache.nan_to_num(nan=3.0)))
+
+
 def test_rows_of_padding_become_zero() -> None:
     batch = batch_of([300, 17], [6, 6])
     batch.trees.ancestors[:, 4:] = 0
