@@ -566,11 +566,16 @@ def test_without_a_compiler_trees_are_served_in_rounds(
 
 
 @pytest.mark.parametrize("attribute", ["alibi_slopes", "sinks"])
-def test_what_the_kernel_does_not_know_is_served_in_rounds(attribute: str) -> None:
+def test_what_the_kernel_does_not_know_is_served_in_rounds_without_a_word(
+    attribute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = random_step(LAYERS["GQA"], 2)
     setattr(step.impl, attribute, torch.ones(4))
+    warnings: list[Any] = []
+    monkeypatch.setattr(attention_pass.logger, "warning", lambda *message: warnings.append(message))
 
     assert caches_served(step.builder, {"layer": step.module}) == {}
+    assert warnings == []
 
 
 @pytest.mark.parametrize("how", WAYS)
