@@ -1,7 +1,8 @@
 """Attention over token trees on CPUs, in the place of vLLM's own.
 
-Batches without branches are served by the stock kernel as always. Trees are attended to in one pass where our kernel
-computes what the layers are like (`attention_pass`), and else leaf by leaf on the stock one (`attention_rounds`).
+Batches without drafts are served by the stock kernel as always. Drafts are attended to in one pass where our kernel
+computes what the layers are like (`attention_pass`); elsewhere chains are left to the stock one too, and trees are
+served by it leaf by leaf (`attention_rounds`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class TreeAttentionBackend(CPUAttentionBackend):
 
 
 class TreeAttentionImpl(CPUAttentionBackendImpl):
-    """The stock kernel, but for batches with branching trees."""
+    """The stock kernel, but for batches whose metadata says how their trees are attended to."""
 
     def forward(
         self,

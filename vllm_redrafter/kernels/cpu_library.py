@@ -20,4 +20,5 @@ def load(name: str) -> ctypes.CDLL:
 
     sources = (_FOLDER / "vectors.h", _FOLDER / f"{name}.cpp")
     library: ctypes.CDLL = CppCodeCache.load("\n".join(source.read_text() for source in sources))
+    library.panel_width.restype = ctypes.c_int64
     return library

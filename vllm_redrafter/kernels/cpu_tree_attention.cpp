@@ -175,8 +175,6 @@ static void join(const Call& call, const Request& request, int64_t kv_head, cons
   }
 }
 
-extern "C" int64_t panel_width() { return kWidth; }
-
 extern "C" void tree_attention(const Call* call) {
   const int64_t heads = call->num_heads / call->num_kv_heads, num_splits = call->num_splits;
   struct Pair {

@@ -191,7 +191,6 @@ def _has_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu_library.load("cpu_tree_attention")
-    library.panel_width.restype = ctypes.c_int64
     library.tree_attention.argtypes = [ctypes.POINTER(_Call)]
     library.tree_attention.restype = None
     return library

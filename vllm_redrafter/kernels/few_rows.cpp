@@ -35,8 +35,6 @@ static void multiply(const float* x, const float* panel, const float* bias, floa
       out[row * outputs + output] = sums[row * kWidth + output] + (bias ? bias[output] : 0.0f);
 }
 
-extern "C" int64_t panel_width() { return kWidth; }
-
 extern "C" void linear(const float* x, const float* panels, const float* bias, float* out,
                        int64_t rows, int64_t inputs, int64_t outputs) {
 #pragma omp parallel for schedule(static)

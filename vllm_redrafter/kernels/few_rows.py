@@ -81,7 +81,6 @@ def _linear() -> Callable[..., None]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu_library.load("few_rows")
-    library.panel_width.restype = ctypes.c_int64
     library.linear.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3]
     library.linear.restype = None
     return library

@@ -21,6 +21,8 @@ constexpr int kLanes = 4, kGroup = 6;
 
 constexpr int kWidth = 2 * kLanes;  // columns of a panel
 
+extern "C" int64_t panel_width() { return kWidth; }
+
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
