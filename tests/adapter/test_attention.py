@@ -27,6 +27,7 @@ from vllm_redrafter.adapter.verification import Walk
 from vllm_redrafter.core.token_tree import TokenTree, attention_mask
 from vllm_redrafter.kernels import cpu_tree_attention
 from vllm_redrafter.kernels.batch import ancestor_words
+from vllm_redrafter.kernels.cpu_library import NotCompiledError
 
 BLOCK = 32
 POISON = 1e4
@@ -555,7 +556,7 @@ def test_without_a_compiler_trees_are_served_in_rounds(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def supports(*_: Any) -> bool:
-        raise RuntimeError("No working C++ compiler\nwas found")
+        raise NotCompiledError("No working C++ compiler")
 
     step = random_step(LAYERS["GQA"], 2)
     monkeypatch.setattr(cpu_tree_attention, "supports", supports)

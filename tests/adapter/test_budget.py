@@ -303,20 +303,29 @@ def test_the_floor_cuts_no_node_that_would_be_chosen_again(seed: int, batch_size
     is_greedy = (rng.random(batch_size) < 0.5).tolist()
 
     chosen = choose(budget, log_probs, is_greedy)
-    floor = budget.floor(batch_size)
+    floor = budget.floor(is_greedy)
 
     assert all((log_probs[row, :share] > floor).all() for row, share in enumerate(chosen))
 
 
 def test_before_anything_was_chosen_the_search_has_no_floor() -> None:
-    assert Budget(TYPICAL, 8).floor(1) == -math.inf
+    assert Budget(TYPICAL, 8).floor([True]) == -math.inf
 
 
 def test_where_rows_are_dear_the_search_ends_early() -> None:
     budget = Budget(TYPICAL, 8)
     choose(budget, np.log(np.array([[0.6, 0.3, 0.1, 0.05]])), [True])
 
-    assert -math.inf < budget.floor(1) < 0.0
+    assert -math.inf < budget.floor([True]) < 0.0
+
+
+def test_how_deep_greedy_requests_are_searched_for_is_not_what_sampled_ones_are_judged_by() -> None:
+    budget = Budget(TYPICAL, 8)
+    budget.observe_acceptance([-0.5] * 1000, [False] * 1000, is_greedy=False)
+    choose(budget, np.log(np.array([[0.6, 0.3, 0.1, 0.05]])), [True])
+
+    assert budget.floor([False]) > budget.floor([True])
+    assert budget.floor([True, False]) == budget.floor([True, True])
 
 
 # pauses

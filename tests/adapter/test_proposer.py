@@ -26,6 +26,7 @@ from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Candidates
 from vllm_redrafter.core.checkpoint import load_drafter, save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.kernels.cpu_library import NotCompiledError
 
 HIDDEN, VOCAB, BATCH = 16, 24, 5
 NO_FLOOR = float("-inf")
@@ -426,7 +427,7 @@ def is_packed(searcher: Searcher) -> bool:
 
 def test_without_a_compiler_no_drafter_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(drafter: ReDrafter) -> ReDrafter:
-        raise RuntimeError("No working C++ compiler\nwas found")
+        raise NotCompiledError("No working C++ compiler")
 
     warnings: list[str] = []
     monkeypatch.setattr(proposer_module.logger, "warning", lambda message, *args: warnings.append(message % args))

@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm_redrafter.adapter.attention_rounds import Call, Segment, stock_caches
 from vllm_redrafter.kernels import cpu_tree_attention
 from vllm_redrafter.kernels.batch import AttentionOptions, TreeBatch, ancestor_words
+from vllm_redrafter.kernels.cpu_library import NotCompiledError
 from vllm_redrafter.kernels.cpu_tree_attention import LayerCache, TreeAttention
 
 logger = init_logger(f"vllm.{__name__}")
@@ -112,8 +113,8 @@ def caches_served(builder: CPUAttentionMetadataBuilder, layers: Mapping[str, Any
             return {}
         agrees = _agrees(builder, next(iter(layers.values())))
         reason = "vLLM's cache is not what our kernel takes it for"
-    except (RuntimeError, OSError) as error:  # there is no compiler, it fails, or its cache holds half a library
-        agrees, reason = False, str(error).partition("\n")[0]
+    except NotCompiledError as error:
+        agrees, reason = False, str(error)
     if not agrees:
         logger.warning("Trees are attended to leaf by leaf, which costs more: %s", reason)
         return {}

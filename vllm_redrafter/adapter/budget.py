@@ -251,15 +251,16 @@ class Budget:
             return False
         return True
 
-    def floor(self, batch_size: int) -> float:
+    def floor(self, is_greedy: Sequence[bool]) -> float:  # [batch]
         """Return the cumulative log-probability below which neither a node nor looking deeper pays."""
+        batch_size = len(is_greedy)
         load = self.load(batch_size)
         # where the search has been ending early this underestimates what a depth costs: the next goes a little deeper
         depth_seconds = _median(load.draft_seconds, 0.0) / self._draft_length
         worth_a_depth = load.speed * depth_seconds / batch_size / _CONTINUATION
         # what pays may change until the next choice, so a node is given the benefit of the doubt
         probability = max(load.marginal_probability / 2, worth_a_depth)
-        return min(calibration.log_prob_of(probability) for calibration in self._calibrations.values())
+        return min(self._calibrations[greedy].log_prob_of(probability) for greedy in set(is_greedy))
 
     def choose(
         self, trees: Sequence[Sequence[float]], chains: Sequence[Sequence[float]], is_greedy: Sequence[bool]

@@ -23,8 +23,7 @@ class PackedLinear(nn.Module):
     """A linear layer in fp32 with a second copy of its weight, for few rows.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
 
     weight: torch.Tensor  # [outputs, inputs]
@@ -48,8 +47,7 @@ def packed(drafter: ReDrafter) -> ReDrafter | None:
     None where that changes little or nothing: the head, the largest matrix, is lent, or all have 8 bits already.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
     if drafter.config.tie_lm_head:
         return None

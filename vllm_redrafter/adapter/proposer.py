@@ -19,6 +19,7 @@ from vllm_redrafter.adapter.searcher import SEVERAL, Searcher
 from vllm_redrafter.adapter.tree_batch import DraftTree, best_tree, path_segments
 from vllm_redrafter.core.beam_search import Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
+from vllm_redrafter.kernels.cpu_library import NotCompiledError
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -126,9 +127,9 @@ class ReDrafterProposer:
             return searcher
         try:
             return searcher.packed(num_requests)
-        except (RuntimeError, OSError) as error:  # there is no compiler, it fails, or its cache holds half a library
+        except NotCompiledError as error:
             self._may_pack = False
-            logger.warning("The drafter's matrices are not packed: %s", str(error).partition("\n")[0])
+            logger.warning("The drafter's matrices are not packed: %s", error)
             return searcher
 
     def _searcher(self, drafter: ReDrafter, dtype: torch.dtype) -> Searcher:

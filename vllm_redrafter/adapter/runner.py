@@ -290,16 +290,16 @@ class TreeModelRunner(CPUModelRunner):
         if not active:
             return drafts
         started = time.perf_counter()
-        floor = self._agreed_floor(len(active))
+        request_ids = [self.input_batch.req_ids[index] for index in active]
+        parameters = [self.requests[request].sampling_params for request in request_ids]
+        greedy = [is_greedy(each) for each in parameters]
+        floor = self._agreed_floor(greedy)
         if floor is None:
             self.stats.num_skipped_drafts += 1
             return drafts
-        request_ids = [self.input_batch.req_ids[index] for index in active]
-        parameters = [self.requests[request].sampling_params for request in request_ids]
         init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
         rows = torch.tensor([self._last_rows[index] for index in active])
         handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
-        greedy = [is_greedy(each) for each in parameters]
         candidates = self.drafter.search(handed_over, init_ids, floor, self._foresee(active, parameters))
         candidates, budgets = self._agreed_choice(candidates, greedy)
         linear = [each.structured_outputs is not None for each in parameters]
@@ -328,11 +328,11 @@ class TreeModelRunner(CPUModelRunner):
             self.drafter.drafted_ids,
         )
 
-    def _agreed_floor(self, batch_size: int) -> float | None:
+    def _agreed_floor(self, greedy: list[bool]) -> float | None:
         """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing."""
         if self._budget is None:
             return float("-inf")
-        floor = self._budget.floor(batch_size) if self._budget.should_draft(batch_size) else math.nan
+        floor = self._budget.floor(greedy) if self._budget.should_draft(len(greedy)) else math.nan
         (agreed,) = _from_first_rank([floor])
         return None if math.isnan(agreed) else agreed
 

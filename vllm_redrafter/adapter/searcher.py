@@ -132,8 +132,7 @@ class Searcher:
         """Return a search whose products read packed matrices if they are quicker; else this one.
 
         Raises:
-            RuntimeError: there is no C++ compiler, or it fails.
-            OSError: what was compiled cannot be loaded.
+            NotCompiledError: there is no C++ compiler, or it fails.
         """
         if self._packed_drafter is None:
             return self

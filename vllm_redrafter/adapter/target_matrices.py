@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_redrafter.adapter.memory import available_bytes
 from vllm_redrafter.adapter.timing import least_seconds
+from vllm_redrafter.kernels.cpu_library import NotCompiledError
 from vllm_redrafter.kernels.few_rows import PackedMatrix
 
 logger = init_logger(f"vllm.{__name__}")
@@ -181,9 +182,8 @@ class _Packing:
             handler, weight = self._waiting.pop()
             try:
                 self._pack(handler, weight)
-            # there is no compiler, it fails, or its cache holds half a library
-            except (RuntimeError, OSError) as error:
-                self._give_up(str(error).partition("\n")[0])
+            except NotCompiledError as error:
+                self._give_up(str(error))
 
     def _pack(self, handler: Any, weight: torch.Tensor) -> None:
         _serve_packed()

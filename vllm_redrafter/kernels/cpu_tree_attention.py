@@ -32,8 +32,7 @@ def tree_attention(
 
     Raises:
         ValueError: shapes, types or strides do not fit each other.
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
     TreeAttention(trees).run(query, LayerCache(key_cache, value_cache, options), out)
 
@@ -47,8 +46,7 @@ class LayerCache:
 
     Raises:
         ValueError: shapes, types or strides do not fit each other.
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
 
     def __init__(self, key_cache: torch.Tensor, value_cache: torch.Tensor, options: AttentionOptions) -> None:
@@ -78,8 +76,7 @@ class TreeAttention:
 
     Raises:
         ValueError: what `trees` says does not fit together.
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
 
     def __init__(self, trees: TreeBatch) -> None:
@@ -141,8 +138,7 @@ def supports(head_size: int, block_size: int) -> bool:
     """Return whether heads and blocks are made of whole panels.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
     width = panel_width()
     return head_size % width == 0 and block_size % width == 0
@@ -152,8 +148,7 @@ def panel_width() -> int:
     """Return the columns of a panel on this processor.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
     return int(_library().panel_width())
 

@@ -26,8 +26,7 @@ class PackedMatrix:
         panels: the copy, [panels, inputs, width].
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
-        OSError: what was compiled cannot be loaded.
+        NotCompiledError: there is no C++ compiler, or it fails.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
