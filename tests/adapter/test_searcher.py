@@ -26,14 +26,14 @@ def make_searcher(length: int = LENGTH, width: int = 3, num_nodes: int = 7) -> S
     return Searcher(drafter, torch.float32, nn.Embedding(VOCAB, HIDDEN), BeamShape(width, length), num_nodes)
 
 
-def compiled(monkeypatch: pytest.MonkeyPatch, num_requests: int, **shape: int) -> Searcher:
+def compiled(monkeypatch: pytest.MonkeyPatch, num_requests: int, *, truncates: bool = False, **shape: int) -> Searcher:
     """Return a searcher that has compiled, whatever its clock would have said."""
     torch._dynamo.reset()
     seconds = Searcher.seconds
     told = iter([2.0, 1.0])
-    monkeypatch.setattr(Searcher, "seconds", lambda self, number: (seconds(self, number), next(told))[1])
+    monkeypatch.setattr(Searcher, "seconds", lambda self, *case, **how: (seconds(self, *case, **how), next(told))[1])
     found = make_searcher(**shape)
-    found.compile(num_requests)
+    found.compile(num_requests, truncates=truncates)
     monkeypatch.setattr(searcher, "_WHILE_SERVING", "fail_on_recompile")
     return found
 
@@ -44,6 +44,7 @@ def inputs(num_requests: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(num_requests, HIDDEN, generator=generator), torch.arange(num_requests)
 
 
+@torch.inference_mode()
 def draws(num_requests: int, sampled: list[int], **options: Any) -> KnownDraws | None:
     """Return what is known where some requests sample and the others are greedy."""
     parameters = {
@@ -62,36 +63,45 @@ def same(found: Candidates, expected: Candidates) -> None:
 
 def count_runs(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of requests of each search that the program makes."""
-    ((several, program),) = searcher._programs.items()
+    ((case, program),) = searcher._programs.items()
     runs: list[int] = []
-    counted = {several: lambda hidden, *how: (runs.append(len(hidden)), program(hidden, *how))[1]}
+    counted = {case: lambda hidden, *how: (runs.append(len(hidden)), program(hidden, *how))[1]}
     monkeypatch.setattr(searcher, "_programs", counted)
     return runs
 
 
-@pytest.mark.parametrize("sampled", [[], [0]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("sampled", "options"),
+    [([], {}), ([0], {}), ([0], {"top_p": 0.6}), ([0], {"top_k": 3, "min_p": 0.05})],
+    ids=["greedy", "sampled", "top_p", "top_k and min_p"],
+)
 def test_for_one_request_a_compiled_search_finds_what_the_other_does(
-    sampled: list[int], monkeypatch: pytest.MonkeyPatch
+    sampled: list[int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = compiled(monkeypatch, 1)
+    fast = compiled(monkeypatch, 1, truncates=bool(options))
     runs = count_runs(fast, monkeypatch)
 
     for _ in range(2):
-        found = fast.search(*inputs(1), -math.inf, draws(1, sampled))
-        same(found, make_searcher().search(*inputs(1), -math.inf, draws(1, sampled)))
+        found = fast.search(*inputs(1), -math.inf, draws(1, sampled, **options))
+        same(found, make_searcher().search(*inputs(1), -math.inf, draws(1, sampled, **options)))
 
     assert runs == [1, 1]
 
 
-def test_for_several_requests_one_program_serves_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = compiled(monkeypatch, searcher.SEVERAL)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.6}], ids=["all tokens", "top_p"])
+def test_for_several_requests_one_program_serves_any_number(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = compiled(monkeypatch, searcher.SEVERAL, truncates=bool(options))
     runs = count_runs(fast, monkeypatch)
 
-    for number, sampled in [(2, []), (3, [0, 2]), (searcher.SEVERAL, [1]), (5, [0, 1, 2, 3, 4]), (16, [7])]:
-        found = fast.search(*inputs(number), -math.inf, draws(number, sampled))
-        same(found, make_searcher().search(*inputs(number), -math.inf, draws(number, sampled)))
+    for number, sampled in [(2, [1]), (3, [0, 2]), (searcher.SEVERAL, [1]), (5, [0, 1, 2, 3, 4]), (16, [7])]:
+        found = fast.search(*inputs(number), -math.inf, draws(number, sampled, **options))
+        same(found, make_searcher().search(*inputs(number), -math.inf, draws(number, sampled, **options)))
+    found = fast.search(*inputs(4), -math.inf)  # greedy
+    same(found, make_searcher().search(*inputs(4), -math.inf))
 
-    assert runs == [2, 3, 4, 5, 16]
+    assert runs == [2, 3, 4, 5, 16] + ([] if options else [4])
 
 
 def test_a_compiled_search_may_read_packed_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +132,7 @@ def test_what_no_program_is_made_for_is_searched_for_as_before(monkeypatch: pyte
     fast = compiled(monkeypatch, searcher.SEVERAL)
     runs = count_runs(fast, monkeypatch)
 
-    # one request; too many; leaving tokens out is more than adding noise
+    # one request; too many; leaving tokens out is more than adding noise, and has a program of its own
     for number, options in [(1, {}), (17, {}), (3, {"top_k": 3})]:
         found = fast.search(*inputs(number), -math.inf, draws(number, [0], **options))
         same(found, make_searcher().search(*inputs(number), -math.inf, draws(number, [0], **options)))
@@ -196,7 +206,7 @@ def test_a_search_that_does_not_compile_goes_on_uncompiled(monkeypatch: pytest.M
 def test_a_program_that_is_slower_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = make_searcher()
     told = iter([1.0, 1.0])
-    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: next(told))
+    monkeypatch.setattr(Searcher, "seconds", lambda self, *case, **how: next(told))
 
     found.compile(1)
 
@@ -249,7 +259,7 @@ def test_products_of_one_row_are_compiled_where_that_is_faster(
     found = make_searcher(width=1)
     told_product_seconds(monkeypatch, compiled_seconds, 2.0)
     assert (found._one_row is not None) is is_used
-    monkeypatch.setattr(Searcher, "seconds", lambda self, number: 0.0 if self._programs else 1.0)
+    monkeypatch.setattr(Searcher, "seconds", lambda self, *case, **how: 0.0 if self._programs else 1.0)
 
     found.compile(1)
 

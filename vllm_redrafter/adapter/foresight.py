@@ -64,14 +64,21 @@ class KnownDraws:
         drawn = self._truncation.lift(sampled, self._noise[:, place, None])
         return drawn if sampled is logits else logits.index_copy(0, torch.tensor(self._rows), drawn)
 
-    def noise_alone(self, num_requests: int) -> torch.Tensor | None:
-        """Return what is added to the logits of a batch, [batch, depths, tokens], or None where more is done."""
-        if self._truncation.is_active:
-            return None
+    @property
+    def leaves_tokens_out(self) -> bool:
+        """Whether any request draws from some tokens only: then more is done than noise added."""
+        return self._truncation.is_active
+
+    def of_batch(self, num_requests: int) -> tuple[torch.Tensor, Truncation]:
+        """Return the noise of a batch of so many, [batch, depths, tokens], and how it samples.
+
+        Greedy requests have noise of 0 and leave nothing out.
+        """
         noise = self._noise_of(slice(None))
         if len(self._rows) == num_requests:
-            return noise
-        return noise.new_zeros(num_requests, *noise.shape[1:]).index_copy(0, torch.tensor(self._rows), noise)
+            return noise, self._truncation
+        of_all = noise.new_zeros(num_requests, *noise.shape[1:]).index_copy_(0, torch.tensor(self._rows), noise)
+        return of_all, self._truncation.among(self._rows, num_requests)
 
     def _noise_of(self, depths: slice) -> torch.Tensor:  # [requests, depths, tokens]
         temperatures = self._truncation.temperatures[:, None, None]

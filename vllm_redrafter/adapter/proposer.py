@@ -112,15 +112,16 @@ class ReDrafterProposer:
         if self.is_compiling:
             for searcher in searchers:
                 searcher.compile(num_requests)
-        if len(searchers) == 1:
-            return searchers[0]
 
         def cost(searcher: Searcher) -> float:
             is_rounded = searcher.dtype != self.dtype
             lost = _LOST_BY_ROUNDING * step_seconds(num_requests) if is_rounded else 0.0
             return searcher.seconds(num_requests) + lost
 
-        return min(searchers, key=cost)
+        best = searchers[0] if len(searchers) == 1 else min(searchers, key=cost)
+        if best.is_compiled(num_requests):
+            best.compile(num_requests, truncates=True)
+        return best
 
     def _with_quicker_products(self, searcher: Searcher, num_requests: int) -> Searcher:
         if searcher.dtype != self.dtype:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from vllm import SamplingParams
 from vllm.logger import init_logger
 
 from vllm_redrafter.adapter import one_row, packed_drafter
@@ -18,6 +19,7 @@ from vllm_redrafter.adapter.timing import median_seconds
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
+from vllm_redrafter.core.noise import Truncation
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -59,7 +61,7 @@ class Searcher:
         self._num_candidates = num_candidates
         self._unpacked = self
         self._search = BeamSearch(drafter, embed, shape, num_candidates, SHARPNESS)
-        self._programs: dict[bool, _Program] = {}  # by whether there is more than one request
+        self._programs: dict[_Case, _Program] = {}
         self._no_noise = torch.zeros(0)  # [most requests of a program, depths, head_size]
 
     def __str__(self) -> str:
@@ -68,7 +70,7 @@ class Searcher:
         num_bytes = min((each.itemsize for each in tensors if each.ndim == 2), default=self.dtype.itemsize)
         if any(isinstance(module, PackedLinear) for module in self.drafter.modules()):
             how = f"packed, {how}"
-        if False in self._programs and self._one_row is not None:
+        if any(not case.several for case in self._programs) and self._one_row is not None:
             how = "one row in 16, compiled"
         return f"{self.shape.width} x {self.shape.length} tokens, weights in {8 * num_bytes} bits, {how}"
 
@@ -86,40 +88,64 @@ class Searcher:
         """
         hidden = hidden.to(self.dtype)
         num_requests = len(init_ids)
-        program = self._programs.get(num_requests > 1)
-        if program is not None and num_requests <= _MOST_TOGETHER:
-            noise = self._no_noise[:num_requests] if foresight is None else foresight.noise_alone(num_requests)
-            if noise is not None:
-                return program(hidden, init_ids, noise, floor)
-        return self._search.run(hidden, init_ids, floor, foresight)
+        program = None
+        if self._programs and num_requests <= _MOST_TOGETHER:
+            program = self._programs.get(_Case(num_requests > 1, foresight is not None and foresight.leaves_tokens_out))
+        if program is None:
+            return self._search.run(hidden, init_ids, floor, foresight)
+        if foresight is None:
+            return program(hidden, init_ids, self._no_noise[:num_requests], None, floor)
+        return program(hidden, init_ids, *foresight.of_batch(num_requests), floor)
 
-    def compile(self, num_requests: int) -> None:
-        """Search with a program of torch.compile for one request, or for several, if there is one and it is faster."""
-        several = num_requests > 1
-        eager_seconds = self.seconds(num_requests)
-        most = max(len(self._no_noise), _MOST_TOGETHER if several else 1)
+    def compile(self, num_requests: int, *, truncates: bool = False) -> None:
+        """Search with a program of torch.compile for one request, or for several, if there is one and it is faster.
+
+        Args:
+            truncates: for batches in which a request draws from some tokens only; else for all others.
+        """
+        case = _Case(num_requests > 1, truncates)
+        eager_seconds = self.seconds(num_requests, truncates=truncates)
+        most = max(len(self._no_noise), _MOST_TOGETHER if case.several else 1)
         with torch.inference_mode():  # what is searched with while serving must be no other kind of tensor
             self._no_noise = torch.zeros(most, self.shape.length, self.drafter.config.head_size)
         search = self._search
-        if not several and self._one_row is not None:
+        if not case.several and self._one_row is not None:
             search = BeamSearch(self._one_row.drafter, self._embed, self.shape, self._num_candidates, SHARPNESS)
-        self._programs[several] = _Program(search, self.shape.length, is_dynamic=several)
+        self._programs[case] = _Program(search, self.shape.length, is_dynamic=case.several)
         try:
-            is_faster = self.seconds(num_requests) < eager_seconds
+            is_faster = self.seconds(num_requests, truncates=truncates) < eager_seconds
         except RuntimeError as error:  # torch's compilers raise many kinds of it
             is_faster = False
             logger.warning(
                 "Drafts are searched for uncompiled, which takes longer: torch.compile says %r", _first_line(error)
             )
         if not is_faster:
-            del self._programs[several]
+            del self._programs[case]
+
+    def is_compiled(self, num_requests: int) -> bool:
+        """Return whether `compile` has found a program for greedy requests, one or several."""
+        return _Case(num_requests > 1, truncates=False) in self._programs
 
     @torch.inference_mode()  # as while serving: code for other tensors would not be used there
-    def seconds(self, num_requests: int) -> float:
-        """Return the time of a search to the full depth, the drafter's weights cold."""
+    def seconds(self, num_requests: int, *, truncates: bool = False) -> float:
+        """Return the time of a search to the full depth, the drafter's weights cold.
+
+        Args:
+            truncates: whether the requests draw from some tokens only; else they are greedy.
+        """
         hidden = torch.zeros(num_requests, self.drafter.config.input_size)
         init_ids = torch.zeros(num_requests, dtype=torch.int64)
-        return median_seconds(lambda: self.search(hidden, init_ids, -math.inf))
+        draws = self._truncated_draws(num_requests) if truncates else None
+        return median_seconds(lambda: self.search(hidden, init_ids, -math.inf, draws))
+
+    def _truncated_draws(self, num_requests: int) -> KnownDraws:
+        """Return what stands for any draws of requests that leave tokens out."""
+        return KnownDraws(
+            list(range(num_requests)),
+            torch.zeros(num_requests, self.shape.length, dtype=torch.int64),
+            Truncation.of([SamplingParams(temperature=1.0, top_p=0.9)] * num_requests),
+            self.drafter.drafted_ids(torch.device("cpu")),
+        )
 
     @torch.inference_mode()
     def scoring_seconds(self, num_requests: int) -> float:
@@ -177,6 +203,15 @@ class Searcher:
         return _OneRow(drafter, saved_seconds) if saved_seconds > 0 else None
 
 
+class _Case(NamedTuple):
+    """What a program is for."""
+
+    several: bool
+    """More than one request."""
+    truncates: bool
+    """Whether some of them draw from some tokens only."""
+
+
 class _Program:
     """A search as two compiled functions, one for each half of its depths; it may end between them.
 
@@ -191,11 +226,13 @@ class _Program:
         self._is_new = True
         self._is_dynamic = is_dynamic
 
-        def first(hidden: torch.Tensor, init_ids: torch.Tensor, noise: torch.Tensor) -> tuple[Candidates, Beams]:
-            return _extended(search, search.start(hidden, init_ids), noise, half)
+        def first(
+            hidden: torch.Tensor, init_ids: torch.Tensor, noise: torch.Tensor, truncation: Truncation | None
+        ) -> tuple[Candidates, Beams]:
+            return _extended(search, search.start(hidden, init_ids), noise, truncation, half)
 
-        def rest(beams: Beams, noise: torch.Tensor) -> tuple[Candidates, Beams]:
-            return _extended(search, beams, noise, length - half)
+        def rest(beams: Beams, noise: torch.Tensor, truncation: Truncation | None) -> tuple[Candidates, Beams]:
+            return _extended(search, beams, noise, truncation, length - half)
 
         self._first = _compiled(first)
         self._rest = _compiled(rest) if length > half else None
@@ -205,18 +242,21 @@ class _Program:
         hidden: torch.Tensor,  # [batch, input_size]
         init_ids: torch.Tensor,  # [batch]
         noise: torch.Tensor,  # [batch, depths, head_size]
+        truncation: Truncation | None,
         floor: float,
     ) -> Candidates:
         """Return the best continuations, those of half of the depths if none of these is above `floor`.
 
-        The first call compiles, and must not have a floor.
+        The first call compiles, and must not have a floor; all others leave tokens out where it did.
         """
+        if truncation is not None and not truncation.is_active:
+            truncation = None
         with torch.compiler.set_stance("default" if self._is_new else _WHILE_SERVING):
-            self._mark(hidden, init_ids, noise)
-            candidates, beams = self._first(hidden, init_ids, noise)
+            self._mark(hidden, init_ids, noise, *(truncation or ())[:4])
+            candidates, beams = self._first(hidden, init_ids, noise, truncation)
             if self._rest is not None and float(beams.scores[:, 0].max()) > floor:
                 self._mark(*beams.state, beams.token_ids, beams.scores)
-                more, _ = self._rest(beams, noise)
+                more, _ = self._rest(beams, noise, truncation)
                 candidates = beam_search.join([candidates, more])
         self._is_new = False
         return candidates
@@ -229,11 +269,22 @@ class _Program:
 
 
 def _extended(
-    search: BeamSearch, beams: Beams, noise: torch.Tensor, num_depths: int
-) -> tuple[Candidates, Beams]:  # noise: [batch, depths, head_size]
+    search: BeamSearch,
+    beams: Beams,
+    noise: torch.Tensor,  # [batch, depths, head_size]
+    truncation: Truncation | None,
+    num_depths: int,
+) -> tuple[Candidates, Beams]:
+    def lifted(depth: int, logits: torch.Tensor) -> torch.Tensor:
+        assert truncation is not None
+        return truncation.lift(logits, noise[:, depth, None])
+
     depths = []
     for _ in range(num_depths):
-        candidates, beams = search.extend(beams, noise=lambda depth: noise[:, depth])
+        if truncation is None:
+            candidates, beams = search.extend(beams, noise=lambda depth: noise[:, depth])
+        else:
+            candidates, beams = search.extend(beams, lifted)
         depths.append(candidates)
     return beam_search.join(depths), beams
 

@@ -77,6 +77,21 @@ class Truncation(NamedTuple):
             any(leaves_tokens_out(each) for each in parameters),
         )
 
+    def among(self, rows: Sequence[int], num_requests: int) -> Truncation:
+        """Return it for `num_requests` requests, of which these stand in `rows`; the others leave nothing out."""
+        places = torch.tensor(rows)
+
+        def spread(column: torch.Tensor, neutral: float) -> torch.Tensor:
+            return column.new_full((num_requests,), neutral).index_copy_(0, places, column)
+
+        return Truncation(
+            spread(self.temperatures, 1.0),
+            spread(self.top_k, 0),
+            spread(self.top_p, 1.0),
+            spread(self.min_p, 0.0),
+            self.is_active,
+        )
+
     def lift(self, logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return logits that rank first what will be drawn, [requests, beams, tokens].
 
