@@ -321,10 +321,9 @@ def test_a_large_drafter_is_held_in_what_is_fastest_for_one_request_and_for_seve
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: 1.0)
     monkeypatch.setattr(
         Searcher,
-        "seconds",
+        "scoring_seconds",
         lambda searcher, num_requests: 2.0 - (held_in(searcher) == (fastest if num_requests == 1 else torch.bfloat16)),
     )
     proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks)
@@ -336,21 +335,22 @@ def test_a_large_drafter_is_held_in_what_is_fastest_for_one_request_and_for_seve
     assert used == [expected, torch.bfloat16 if num_ranks == 1 else torch.float32]
 
 
-def test_a_precision_whose_products_are_slow_is_not_tried_any_further(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timed: set[torch.dtype] = set()
+def test_only_the_precision_that_was_chosen_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[torch.dtype, int]] = []
     scoring = {torch.float32: 1.4, torch.bfloat16: 1.6, torch.int8: 1.0}
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
     monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: scoring[held_in(searcher)])
-    monkeypatch.setattr(Searcher, "seconds", lambda searcher, num_requests: (timed.add(held_in(searcher)), 1.0)[1])
-    proposer = proposer_of(stored(tmp_path))
+    monkeypatch.setattr(Searcher, "_saved_seconds", lambda self, num_requests, will_compile: 0.0)
+    monkeypatch.setattr(
+        Searcher, "compile", lambda searcher, num_requests: compiled.append((held_in(searcher), num_requests))
+    )
+    proposer = proposer_of(stored(tmp_path), mode=CompilationMode.VLLM_COMPILE)
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
     proposer.tune(lambda num_rows: 0.0)
 
-    assert timed == {torch.float32, torch.int8}
+    assert compiled == [(torch.int8, 1), (torch.int8, SEVERAL)]
 
 
 @pytest.mark.parametrize(("saved", "expected"), [(0.05, torch.int8), (0.03, torch.float32)])
@@ -360,8 +360,9 @@ def test_weights_are_rounded_where_that_saves_more_than_it_costs(
     seconds = {torch.float32: 0.5, torch.bfloat16: 0.6, torch.int8: 0.5 - saved}
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: 1.0)
-    monkeypatch.setattr(Searcher, "seconds", lambda searcher, num_requests: seconds[held_in(searcher)])
+    monkeypatch.setattr(
+        Searcher, "scoring_seconds", lambda searcher, number: seconds[held_in(searcher)] / searcher.shape.length
+    )
     proposer = proposer_of(stored(tmp_path))
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 
@@ -461,13 +462,33 @@ def test_searches_are_compiled_where_the_target_is_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiled: list[int] = []
-    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests: compiled.append(num_requests))
+    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests, **how: compiled.append(num_requests))
     proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode, most_requests=most_requests)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
     proposer.tune(lambda num_rows: 0.0)
 
     assert compiled == expected
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_what_is_compiled_for_most_requests_is_compiled_for_those_that_leave_tokens_out(
+    is_faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        Searcher,
+        "compile",
+        lambda self, num_requests, truncates=False: compiled.append((num_requests, truncates)),
+    )
+    monkeypatch.setattr(Searcher, "is_compiled", lambda self, num_requests: is_faster)
+    proposer = proposer_of(stored(tmp_path), mode=CompilationMode.VLLM_COMPILE, most_requests=8)
+
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
+    proposer.tune(lambda num_rows: 0.0)
+
+    programs = [(1, False), (1, True), (SEVERAL, False), (SEVERAL, True)]
+    assert compiled == (programs if is_faster else programs[::2])
 
 
 @pytest.mark.parametrize(
@@ -503,7 +524,7 @@ def test_beams_are_weighed_against_what_will_be_compiled_where_the_target_is(
     mode: CompilationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[bool] = []
-    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests: None)
+    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests, **how: None)
     monkeypatch.setattr(
         Searcher, "narrowed", lambda self, number, most_seconds, *, will_compile: (told.append(will_compile), self)[1]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from torch._inductor.codecache import CppCodeCache
 
@@ -17,7 +19,7 @@ def test_a_library_tells_how_wide_its_panels_are(name: str) -> None:
 @pytest.mark.parametrize(
     "error", [RuntimeError("no C++ compiler\nfound anywhere"), OSError("no C++ compiler\nits file is too short")]
 )
-def test_no_compiler_and_half_a_library_are_one_error_of_one_line(
+def test_no_compiler_and_no_usable_library_are_one_error_of_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(source: str) -> None:
@@ -29,3 +31,23 @@ def test_no_compiler_and_half_a_library_are_one_error_of_one_line(
         cpu_library.load("few_rows")
 
     assert str(raised.value) == "no C++ compiler"
+
+
+def test_half_a_library_that_a_killed_compiler_left_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[str] = []
+    load = CppCodeCache._load_library_inner
+
+    def load_second(path: str, key: str) -> object:
+        paths.append(path)
+        if len(paths) == 1:
+            raise OSError(f"{path}: file too short")
+        return load(path, key)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(CppCodeCache, "cache", {})
+    monkeypatch.setattr(CppCodeCache, "_load_library_inner", load_second)
+
+    assert cpu_library.load("few_rows").panel_width() >= 8
+    assert len(set(paths)) == 2

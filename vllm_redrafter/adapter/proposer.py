@@ -26,9 +26,6 @@ logger = init_logger(f"vllm.{__name__}")
 _LARGE = 1_000_000
 """Parameters above which a drafter no longer stays in a core's cache between steps."""
 
-_SHORTLISTED = 1.5
-"""A precision whose products take so many times as long as the quickest one's is not tried any further."""
-
 _LOST_BY_ROUNDING = 0.04
 """Part of a step that a copy with rounded weights must save: 8 bits cost 1.4% of the tokens on 48 held-out stories, and
 4% on the openings of `bench speed`."""
@@ -99,26 +96,22 @@ class ReDrafterProposer:
         searchers = self._copies
         if self._may_pack and num_requests * self.options.beam_width > 1:
             searchers = [self._with_quicker_products(searcher, num_requests) for searcher in searchers]
-        if len(searchers) > 1:
-            # less to read is not always quicker
-            seconds = [searcher.scoring_seconds(num_requests) for searcher in searchers]
-            limit = _SHORTLISTED * min(seconds)
-            searchers = [searcher for searcher, each in zip(searchers, seconds, strict=True) if each <= limit]
         if self.options.budget == "auto" and self.options.beam_width > 1:
             worth = _WORTH_OF_BEAMS * self.options.num_speculative_tokens * step_seconds(num_requests)
-            searchers = [
-                searcher.narrowed(num_requests, worth, will_compile=self.is_compiling) for searcher in searchers
-            ]
-        if self.is_compiling:
-            for searcher in searchers:
-                searcher.compile(num_requests)
+            exact, *rounded = searchers
+            narrowed = exact.narrowed(num_requests, worth, will_compile=self.is_compiling)
+            if narrowed is not exact:
+                searchers = [narrowed, *(searcher.one_beam(num_requests) for searcher in rounded)]
 
         def cost(searcher: Searcher) -> float:
             is_rounded = searcher.dtype != self.dtype
             lost = _LOST_BY_ROUNDING * step_seconds(num_requests) if is_rounded else 0.0
-            return searcher.seconds(num_requests) + lost
+            return searcher.products_seconds(num_requests, will_compile=self.is_compiling) + lost
 
+        # but for their products they are alike, and only one search is compiled, which takes longer than all else here
         best = searchers[0] if len(searchers) == 1 else min(searchers, key=cost)
+        if self.is_compiling:
+            best.compile(num_requests)
         if best.is_compiled(num_requests):
             best.compile(num_requests, truncates=True)
         return best

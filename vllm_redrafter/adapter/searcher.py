@@ -166,19 +166,30 @@ class Searcher:
         other._unpacked = self
         return other if other.scoring_seconds(num_requests) < self.scoring_seconds(num_requests) else self
 
+    def products_seconds(self, num_requests: int, *, will_compile: bool) -> float:
+        """Return the time of the products of all depths, those of one row as fast as `compile` will make them."""
+        return self.shape.length * self.scoring_seconds(num_requests) - self._saved_seconds(num_requests, will_compile)
+
+    def one_beam(self, num_requests: int) -> Searcher:
+        """Return a search with one beam."""
+        # one row has loops of its own
+        drafter = self._unpacked.drafter if num_requests == 1 else self.drafter
+        return Searcher(drafter, self.dtype, self._embed, self.shape._replace(width=1), self._num_candidates)
+
     def narrowed(self, num_requests: int, most_seconds: float, *, will_compile: bool = False) -> Searcher:
         """Return a search with one beam if all of them take more than so much longer; else this one.
 
         Both are timed uncompiled, but it counts what `compile` will save on products of one row alone.
         """
-        shape = self.shape._replace(width=1)
-        # one row has loops of its own
-        drafter = self._unpacked.drafter if num_requests == 1 else self.drafter
-        narrow = Searcher(drafter, self.dtype, self._embed, shape, self._num_candidates)
-        seconds = narrow.seconds(num_requests)
-        if will_compile and num_requests == 1 and narrow._one_row is not None:
-            seconds -= narrow._one_row.saved_seconds
+        narrow = self.one_beam(num_requests)
+        seconds = narrow.seconds(num_requests) - narrow._saved_seconds(num_requests, will_compile)
         return narrow if self.seconds(num_requests) > seconds + most_seconds else self
+
+    def _saved_seconds(self, num_requests: int, will_compile: bool) -> float:
+        """Return what `compile` saves of a search by products of one row of its own."""
+        if not will_compile or num_requests > 1 or self._one_row is None:
+            return 0.0
+        return self._one_row.saved_seconds
 
     @functools.cached_property
     def _packed_drafter(self) -> ReDrafter | None:

@@ -16,15 +16,24 @@ def load(name: str) -> ctypes.CDLL:
     """Return the library of `name`.cpp; the header that all begin with is put before it.
 
     Raises:
-        NotCompiledError: there is no C++ compiler, it fails, or its cache holds half a library.
+        NotCompiledError: there is no C++ compiler, it fails, or what it makes cannot be loaded.
     """
-    # torch.compile's own way to a compiler: it finds one, tells processors apart, and keeps what it has compiled
-    from torch._inductor.codecache import CppCodeCache
-
-    sources = (_FOLDER / "vectors.h", _FOLDER / f"{name}.cpp")
+    source = "\n".join(file.read_text() for file in (_FOLDER / "vectors.h", _FOLDER / f"{name}.cpp"))
     try:
-        library: ctypes.CDLL = CppCodeCache.load("\n".join(source.read_text() for source in sources))
+        try:
+            library = _compiled(source)
+        except OSError:
+            # a compiler that was killed has left half a library, under a name that follows from the source
+            library = _compiled(f"{source}\n// again\n")
     except (RuntimeError, OSError) as error:
         raise NotCompiledError(str(error).partition("\n")[0]) from error
     library.panel_width.restype = ctypes.c_int64
+    return library
+
+
+def _compiled(source: str) -> ctypes.CDLL:
+    # torch.compile's own way to a compiler: it finds one, tells processors apart, and keeps what it has compiled
+    from torch._inductor.codecache import CppCodeCache
+
+    library: ctypes.CDLL = CppCodeCache.load(source)
     return library
