@@ -360,9 +360,7 @@ def test_weights_are_rounded_where_that_saves_more_than_it_costs(
     seconds = {torch.float32: 0.5, torch.bfloat16: 0.6, torch.int8: 0.5 - saved}
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(
-        Searcher, "scoring_seconds", lambda searcher, number: seconds[held_in(searcher)] / searcher.shape.length
-    )
+    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: seconds[held_in(searcher)])
     proposer = proposer_of(stored(tmp_path))
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
 

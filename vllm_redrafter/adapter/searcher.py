@@ -149,10 +149,10 @@ class Searcher:
 
     @torch.inference_mode()
     def scoring_seconds(self, num_requests: int) -> float:
-        """Return the time of the products of one depth, the drafter's weights cold."""
+        """Return the time of the products of all depths; the drafter's weights are cold at the first one."""
         hidden = torch.zeros(num_requests * self.shape.width, self.drafter.config.input_size, dtype=self.dtype)
         state = self.drafter.start(hidden)
-        return median_seconds(lambda: self.drafter.logits(state))
+        return median_seconds(lambda: [self.drafter.logits(state) for _ in range(self.shape.length)])
 
     def packed(self, num_requests: int) -> Searcher:
         """Return a search whose products read packed matrices if they are quicker; else this one.
@@ -167,8 +167,8 @@ class Searcher:
         return other if other.scoring_seconds(num_requests) < self.scoring_seconds(num_requests) else self
 
     def products_seconds(self, num_requests: int, *, will_compile: bool) -> float:
-        """Return the time of the products of all depths, those of one row as fast as `compile` will make them."""
-        return self.shape.length * self.scoring_seconds(num_requests) - self._saved_seconds(num_requests, will_compile)
+        """Return the time of all products, those of one row as fast as `compile` will make them."""
+        return self.scoring_seconds(num_requests) - self._saved_seconds(num_requests, will_compile)
 
     def one_beam(self, num_requests: int) -> Searcher:
         """Return a search with one beam."""
@@ -206,11 +206,11 @@ class Searcher:
         try:
             with torch.inference_mode():
                 state = drafter.start(hidden)
-                seconds = median_seconds(lambda: score(state))
+                seconds = median_seconds(lambda: [score(state) for _ in range(self.shape.length)])
         except RuntimeError as error:
             logger.warning("The drafter's products are not compiled: torch.compile says %r", _first_line(error))
             return None
-        saved_seconds = self.shape.length * (self.scoring_seconds(1) - seconds)
+        saved_seconds = self.scoring_seconds(1) - seconds
         return _OneRow(drafter, saved_seconds) if saved_seconds > 0 else None
 
 
