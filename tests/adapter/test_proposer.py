@@ -13,6 +13,7 @@ from torch.nn import functional
 from vllm.config.compilation import CompilationMode
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from tests.adapter.clocks import tell_seconds
 from tests.adapter.trees import draft_tree
 from vllm_redrafter.adapter import loading, packed_drafter
 from vllm_redrafter.adapter import proposer as proposer_module
@@ -409,7 +410,7 @@ def test_one_beam_of_one_request_is_not_packed(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(proposer_module, "_LARGE", 0)
     monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, num_requests: 2.0 - is_packed(self))
-    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: float(self.shape.width))
+    tell_seconds(monkeypatch, lambda searcher, num_requests: float(searcher.shape.width))
     proposer = proposer_of(replace(stored(tmp_path), beam_width=width))
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
     # beams are worth a fiftieth of a step
@@ -508,8 +509,8 @@ def test_beams_that_take_more_than_they_bring_are_not_searched(
     proposer = proposer_of(ReDrafterOptions("unused", num_nodes, width, 4, "auto"), num_ranks=num_ranks)
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval(), nn.Embedding(VOCAB, HIDDEN))
     # a beam more takes a hundredth of a pass for one request, and three hundredths of one twice as long for several
-    monkeypatch.setattr(
-        Searcher, "seconds", lambda self, num_requests: self.shape.width * (0.01 if num_requests == 1 else 0.03)
+    tell_seconds(
+        monkeypatch, lambda searcher, num_requests: searcher.shape.width * (0.01 if num_requests == 1 else 0.03)
     )
 
     proposer.tune({1: 1.0, SEVERAL: 2.0}.__getitem__)
@@ -537,7 +538,7 @@ def test_beams_are_weighed_against_what_will_be_compiled_where_the_target_is(
 def test_what_is_asked_for_is_searched_where_the_budget_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "fixed"))
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
-    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: float(self.shape.width))
+    tell_seconds(monkeypatch, lambda searcher, num_requests: float(searcher.shape.width))
     asked: list[int] = []
 
     proposer.tune(lambda num_rows: (asked.append(num_rows), 0.0)[1])
@@ -550,7 +551,7 @@ def test_only_one_request_is_timed_where_there_is_never_more(monkeypatch: pytest
     proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "auto"), most_requests=1)
     proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
     timed: list[int] = []
-    monkeypatch.setattr(Searcher, "seconds", lambda self, num_requests: (timed.append(num_requests), 1.0)[1])
+    tell_seconds(monkeypatch, lambda searcher, num_requests: (timed.append(num_requests), 1.0)[1])
 
     proposer.tune(lambda num_rows: 1.0)
 

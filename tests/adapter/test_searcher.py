@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm import SamplingParams
 
+from tests.adapter.clocks import tell_seconds
 from vllm_redrafter.adapter import foresight, int8, searcher
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.searcher import Searcher
@@ -223,7 +224,7 @@ def test_beams_are_searched_if_they_take_little_longer_than_one(
         timed.append(num_requests)
         return 2.0 if searcher.shape.width == 4 else 1.0
 
-    monkeypatch.setattr(Searcher, "seconds", told)
+    tell_seconds(monkeypatch, told)
 
     assert make_searcher(width=4).narrowed(3, most_seconds).shape == (expected, LENGTH)
     assert timed == [3, 3]
@@ -231,7 +232,7 @@ def test_beams_are_searched_if_they_take_little_longer_than_one(
 
 def test_one_beam_still_makes_a_tree_of_as_many_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = make_searcher()
-    monkeypatch.setattr(Searcher, "seconds", lambda searcher, num_requests: float(searcher.shape.width))
+    tell_seconds(monkeypatch, lambda searcher, num_requests: float(searcher.shape.width))
 
     found = wide.narrowed(1, 0.0).search(*inputs(1), -math.inf)
 
@@ -300,7 +301,7 @@ def test_beams_must_be_worth_what_one_row_saves(
     num_requests: int, will_compile: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told_product_seconds(monkeypatch, 0.5, 1.0)  # saved: half a second
-    monkeypatch.setattr(Searcher, "seconds", lambda self, number: 2.0 if self.shape.width == 4 else 1.0)
+    tell_seconds(monkeypatch, lambda searcher, number: 2.0 if searcher.shape.width == 4 else 1.0)
 
     found = make_searcher(width=4).narrowed(num_requests, 1.4, will_compile=will_compile)
 

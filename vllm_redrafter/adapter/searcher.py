@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm_redrafter.adapter import one_row, packed_drafter
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.packed_drafter import PackedLinear
-from vllm_redrafter.adapter.timing import median_seconds
+from vllm_redrafter.adapter.timing import least_seconds, median_seconds
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, Beams, BeamSearch, BeamShape, Candidates
 from vllm_redrafter.core.drafter import Embed, ReDrafter
@@ -133,10 +133,18 @@ class Searcher:
         Args:
             truncates: whether the requests draw from some tokens only; else they are greedy.
         """
+        return median_seconds(self._whole_search(num_requests, truncates=truncates))
+
+    @torch.inference_mode()
+    def seconds_beside(self, other: Searcher, num_requests: int) -> list[float]:
+        """Return the least times of a search of this kind and of another one: a difference of few operations shows."""
+        return least_seconds(*(each._whole_search(num_requests) for each in (self, other)))
+
+    def _whole_search(self, num_requests: int, *, truncates: bool = False) -> Callable[[], Candidates]:
         hidden = torch.zeros(num_requests, self.drafter.config.input_size)
         init_ids = torch.zeros(num_requests, dtype=torch.int64)
         draws = self._truncated_draws(num_requests) if truncates else None
-        return median_seconds(lambda: self.search(hidden, init_ids, -math.inf, draws))
+        return lambda: self.search(hidden, init_ids, -math.inf, draws)
 
     def _truncated_draws(self, num_requests: int) -> KnownDraws:
         """Return what stands for any draws of requests that leave tokens out."""
@@ -182,8 +190,9 @@ class Searcher:
         Both are timed uncompiled, but it counts what `compile` will save on products of one row alone.
         """
         narrow = self.one_beam(num_requests)
-        seconds = narrow.seconds(num_requests) - narrow._saved_seconds(num_requests, will_compile)
-        return narrow if self.seconds(num_requests) > seconds + most_seconds else self
+        seconds, narrow_seconds = self.seconds_beside(narrow, num_requests)
+        narrow_seconds -= narrow._saved_seconds(num_requests, will_compile)
+        return narrow if seconds > narrow_seconds + most_seconds else self
 
     def _saved_seconds(self, num_requests: int, will_compile: bool) -> float:
         """Return what `compile` saves of a search by products of one row of its own."""
