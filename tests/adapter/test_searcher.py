@@ -315,3 +315,16 @@ def test_times_are_measured_on_the_drafter_at_hand() -> None:
     for each in (found, small):
         assert 0 < each.seconds(1) < 10
         assert 0 < each.scoring_seconds(4) < 10
+
+
+def test_two_searches_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = make_searcher()
+    narrow = wide.one_beam(2)
+    searched: list[Searcher] = []
+    monkeypatch.setattr(Searcher, "search", lambda self, *how: searched.append(self))
+    monkeypatch.setattr(
+        searcher, "least_seconds", lambda *runs: [run() or float(number) for number, run in enumerate(runs)]
+    )
+
+    assert wide.seconds_beside(narrow, 2) == [0.0, 1.0]
+    assert searched == [wide, narrow]

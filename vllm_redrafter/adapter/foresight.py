@@ -69,16 +69,17 @@ class KnownDraws:
         """Whether any request draws from some tokens only: then more is done than noise added."""
         return self._truncation.is_active
 
-    def of_batch(self, num_requests: int) -> tuple[torch.Tensor, Truncation]:
-        """Return the noise of a batch of so many, [batch, depths, tokens], and how it samples.
+    def of_batch(self, num_requests: int) -> tuple[torch.Tensor, Truncation | None]:
+        """Return the noise of a batch of so many, [batch, depths, tokens], and what is left out, None for nothing.
 
         Greedy requests have noise of 0 and leave nothing out.
         """
         noise = self._noise_of(slice(None))
+        truncation = self._truncation if self.leaves_tokens_out else None
         if len(self._rows) == num_requests:
-            return noise, self._truncation
+            return noise, truncation
         of_all = noise.new_zeros(num_requests, *noise.shape[1:]).index_copy_(0, torch.tensor(self._rows), noise)
-        return of_all, self._truncation.among(self._rows, num_requests)
+        return of_all, None if truncation is None else truncation.among(self._rows, num_requests)
 
     def _noise_of(self, depths: slice) -> torch.Tensor:  # [requests, depths, tokens]
         temperatures = self._truncation.temperatures[:, None, None]

@@ -269,8 +269,6 @@ class _Program:
 
         The first call compiles, and must not have a floor; all others leave tokens out where it did.
         """
-        if truncation is not None and not truncation.is_active:
-            truncation = None
         with torch.compiler.set_stance("default" if self._is_new else _WHILE_SERVING):
             self._mark(hidden, init_ids, noise, *(truncation or ())[:4])
             candidates, beams = self._first(hidden, init_ids, noise, truncation)

@@ -20,11 +20,7 @@ def load(name: str) -> ctypes.CDLL:
     """
     source = "\n".join(file.read_text() for file in (_FOLDER / "vectors.h", _FOLDER / f"{name}.cpp"))
     try:
-        try:
-            library = _compiled(source)
-        except OSError:
-            # a compiler that was killed has left half a library, under a name that follows from the source
-            library = _compiled(f"{source}\n// again\n")
+        library = _compiled(source)
     except (RuntimeError, OSError) as error:
         raise NotCompiledError(str(error).partition("\n")[0]) from error
     library.panel_width.restype = ctypes.c_int64
@@ -35,5 +31,10 @@ def _compiled(source: str) -> ctypes.CDLL:
     # torch.compile's own way to a compiler: it finds one, tells processors apart, and keeps what it has compiled
     from torch._inductor.codecache import CppCodeCache
 
-    library: ctypes.CDLL = CppCodeCache.load(source)
+    library: ctypes.CDLL
+    try:
+        library = CppCodeCache.load(source)
+    except OSError:
+        # a compiler that was killed has left half a library, under a name that follows from the source
+        library = CppCodeCache.load(f"{source}\n// again\n")
     return library
