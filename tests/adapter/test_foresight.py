@@ -22,15 +22,11 @@ def draws(sampler: Sampler, generators: dict[int, torch.Generator], num_requests
     return torch.stack([sampler.topk_topp_sampler(flat.clone(), generators, None, None)[0] for _ in range(depths)], 1)
 
 
-@pytest.mark.parametrize("seeded", [(), (0, 1, 2), (1,)], ids=["nobody", "everybody", "one of three"])
-def test_the_next_draws_of_every_request_are_known(seeded: tuple[int, ...]) -> None:
-    torch.manual_seed(5)
-    generators = {place: torch.Generator().manual_seed(place) for place in seeded}
+def test_the_next_draws_of_every_request_are_known() -> None:
+    generators = {0: torch.Generator().manual_seed(0), 1: foresight.own_generator(), 2: foresight.own_generator()}
     for _ in range(2):
-        before = torch.get_rng_state()
-        foresee = foresight.of(generators, 3, dict.fromkeys(range(3), PLAIN), 4, ALL)
+        foresee = foresight.of(generators, dict.fromkeys(range(3), PLAIN), 4, ALL)
         assert foresee is not None
-        assert torch.equal(torch.get_rng_state(), before)
 
         drawn = draws(Sampler(), generators, 3, 4)
 
@@ -40,14 +36,26 @@ def test_the_next_draws_of_every_request_are_known(seeded: tuple[int, ...]) -> N
         assert len(set(drawn.flatten().tolist())) > 8
 
 
+def test_generators_without_a_seed_differ_and_follow_from_torchs_own() -> None:
+    def draws() -> list[int]:
+        return [int(torch.randint(1 << 40, (), generator=foresight.own_generator())) for _ in range(3)]
+
+    torch.manual_seed(5)
+    first, later = draws(), draws()
+    torch.manual_seed(5)
+
+    assert draws() == first
+    assert len({*first, *later}) == 6
+
+
 def test_it_is_known_for_some_of_the_batch_and_of_the_vocabulary() -> None:
     generators = {place: torch.Generator().manual_seed(place) for place in range(4)}
-    whole = foresight.of(generators, 4, dict.fromkeys(range(4), PLAIN), 3, ALL)
+    whole = foresight.of(generators, dict.fromkeys(range(4), PLAIN), 3, ALL)
     assert whole is not None
     greedy, cool, hot = (SamplingParams(temperature=temperature) for temperature in (0.0, 0.5, 2.0))
     logits = torch.randn(3, 2, 13, generator=torch.Generator().manual_seed(1))
 
-    part = foresight.of(generators, 4, {3: cool, 1: hot, 0: greedy}, 3, ALL[7:20])
+    part = foresight.of(generators, {3: cool, 1: hot, 0: greedy}, 3, ALL[7:20])
 
     assert part is not None
     for depth in range(3):
@@ -55,14 +63,14 @@ def test_it_is_known_for_some_of_the_batch_and_of_the_vocabulary() -> None:
         torch.testing.assert_close(part(depth, logits)[0], logits[0] + 0.5 * noise[3])
         torch.testing.assert_close(part(depth, logits)[1], logits[1] + 2.0 * noise[1])
         assert torch.equal(part(depth, logits)[2], logits[2]), "a greedy request"
-    assert foresight.of(generators, 4, {0: greedy, 2: greedy}, 3, ALL) is None
+    assert foresight.of(generators, {0: greedy, 2: greedy}, 3, ALL) is None
 
 
 @pytest.mark.parametrize("vocab_size", [50_000, 200_000], ids=["two depths at once", "one depth at once"])
 def test_a_large_vocabulary_is_told_the_same_in_several_goes(vocab_size: int) -> None:
     generators = {0: torch.Generator().manual_seed(0)}
-    large = foresight.of(generators, 1, {0: PLAIN}, 5, torch.arange(vocab_size))
-    small = foresight.of(generators, 1, {0: PLAIN}, 5, ALL)
+    large = foresight.of(generators, {0: PLAIN}, 5, torch.arange(vocab_size))
+    small = foresight.of(generators, {0: PLAIN}, 5, ALL)
     assert large is not None
     assert small is not None
 
@@ -76,7 +84,7 @@ def test_a_drafter_that_knows_its_target_foresees_what_truncated_requests_draw(o
     parameters = SamplingParams(temperature=0.8, seed=3, **options)
     generators = {0: torch.Generator().manual_seed(3)}
     logits = 2 * torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(4))
-    foresee = foresight.of(generators, 1, {0: parameters}, 12, ALL)
+    foresee = foresight.of(generators, {0: parameters}, 12, ALL)
     assert foresee is not None
     foreseen = [int(foresee(depth, logits[None]).argmax()) for depth in range(12)]
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_redrafter.adapter import runner as runner_module
 from vllm_redrafter.adapter.budget import Choice, StepTimes
@@ -70,3 +72,26 @@ def test_where_the_budget_is_fixed_passes_are_measured_once_if_a_drafter_asks(
     assert sizes == measured
     assert answers == [0.5 * num_rows for num_rows in asked]
     assert runner._budget is None
+
+
+def test_every_request_that_samples_has_a_generator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUModelRunner, "_update_states", lambda self, output: "what vLLM returns")
+    seeded = torch.Generator()
+    parameters = {"greedy": SamplingParams(temperature=0), "seeded": SamplingParams(seed=1)}
+    parameters |= {"first": SamplingParams(), "second": SamplingParams(top_p=0.5)}
+    runner = object.__new__(TreeModelRunner)
+    runner.requests = {
+        name: SimpleNamespace(sampling_params=each, generator=seeded if name == "seeded" else None)
+        for name, each in parameters.items()
+    }
+    places = {name: place for place, name in enumerate(parameters)}
+    runner.input_batch = SimpleNamespace(generators={1: seeded}, req_id_to_index=places)
+    new = SimpleNamespace(scheduled_new_reqs=[SimpleNamespace(req_id=name) for name in parameters])
+
+    assert runner._update_states(new) == "what vLLM returns"
+
+    generators = {name: state.generator for name, state in runner.requests.items()}
+    assert generators["greedy"] is None
+    assert generators["seeded"] is seeded
+    assert generators["first"].get_state().tolist() != generators["second"].get_state().tolist()
+    assert runner.input_batch.generators == {places[name]: generators[name] for name in ("seeded", "first", "second")}

@@ -53,7 +53,7 @@ def draws(num_requests: int, sampled: list[int], **options: Any) -> KnownDraws |
         for index in range(num_requests)
     }
     generators = {index: torch.Generator().manual_seed(index) for index in range(num_requests)}
-    return foresight.of(generators, num_requests, parameters, LENGTH, torch.arange(DRAFTED) + 10)
+    return foresight.of(generators, parameters, LENGTH, torch.arange(DRAFTED) + 10)
 
 
 def same(found: Candidates, expected: Candidates) -> None:

@@ -1,10 +1,11 @@
 """Ways to break the adapter inside an engine's process; each must be noticed by a comparison with plain vLLM.
 
-The last one breaks nothing: it looks at what only that process knows.
+The last two break nothing: they set, and look at, what only that process knows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -191,6 +192,18 @@ def give_drafts_a_second_chance() -> Iterator[None]:
         return walk
 
     with replaced(verification, "walk", wrap):
+        yield
+
+
+@contextmanager
+def number_the_generators_of_requests_without_seeds() -> Iterator[None]:
+    """Begin them as seeds of 0, 1, 2, ... would."""
+    import torch
+
+    from vllm_redrafter.adapter import foresight
+
+    seeds = itertools.count()
+    with replaced(foresight, "own_generator", lambda original: lambda: torch.Generator().manual_seed(next(seeds))):
         yield
 
 

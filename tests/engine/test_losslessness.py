@@ -84,6 +84,19 @@ def test_seeded_text_is_that_of_plain_vllm_although_prompts_come_in_chunks(
         assert drafted.stats["num_accepted_tokens"] > 0
 
 
+def test_requests_without_seeds_are_drawn_as_if_each_had_one(engines: EnginePool, tiny_pair: TinyPair) -> None:
+    # numbers skipped because trees were built from them would be a selection, and text without seeds biased
+    workload = Workload(
+        [Request(prompt, SAMPLED) for prompt in tiny_pair.prompts],
+        mutation="number_the_generators_of_requests_without_seeds",
+    )
+
+    drafted = engines.run(DRAFTED["16 nodes"](tiny_pair), workload)
+
+    assert_same_answers(drafted, engines.run(tiny_pair.plain(), seeded(tiny_pair, SAMPLED)))
+    assert drafted.stats["num_branch_acceptances"] > 0
+
+
 @pytest.mark.parametrize("name", ["16 nodes", "63 nodes"], scope="module")
 def test_penalised_text_is_that_of_plain_vllm(engines: EnginePool, tiny_pair: TinyPair, name: str) -> None:
     workload = Workload([Request(prompt, PENALISED) for prompt in tiny_pair.prompts])

@@ -1,9 +1,9 @@
 """What vLLM's sampler will add to the logits of the next tokens: noise that drafts may know (`core.noise`).
 
-The sampler takes a seed per row and call, from torch's own generator for the whole batch at once, then from the
-request's generator where it has one. A walk calls it once per depth, so copies of the generators tell the seeds of the
-next step's depths. They are right unless the batch changes until then, or speculation of another kind draws from them;
-a wrong guess costs acceptance, never output, because nothing here is what is sampled with.
+The sampler takes a seed per row and call from the request's generator, and a walk calls it once per depth, so a copy of
+the generator tells the seeds of the next step's depths. A generator must serve one request alone, and each of its numbers
+one token: were some skipped because of what was made of them, those left would be a selection, and the text would no
+longer have the target's distribution. So requests without a seed are given generators too (`own_generator`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vllm_redrafter.core.noise import Truncation, foresee_seeds, gumbel
 
 _TRIED_DRAWS = 8
 _TRIED_TOKENS = 256
+_NUM_SEEDS = 2**63 - 1
 _MOST_NUMBERS = 1 << 17
 """Up to so many, an operation on them costs little more than on a few: a request's depths are then looked at in one."""
 
@@ -86,9 +87,13 @@ class KnownDraws:
         return gumbel(self._seeds[:, depths], self._token_ids).mul_(temperatures)
 
 
+def own_generator() -> torch.Generator:
+    """Return a generator for a request without a seed; torch's own decides how it begins."""
+    return torch.Generator().manual_seed(int(torch.randint(_NUM_SEEDS, ())))
+
+
 def of(
     generators: Mapping[int, torch.Generator],
-    num_requests: int,
     parameters: Mapping[int, Any],
     num_tokens: int,
     token_ids: torch.Tensor,  # [tokens]
@@ -96,22 +101,16 @@ def of(
     """Return what is known of some requests' next draws, or None where all of them are greedy.
 
     Args:
-        generators: of the batch's requests that have one, by place.
-        num_requests: of the batch.
+        generators: by place in the batch; every request that samples has one.
         parameters: how those requests sample, by place in the batch.
         num_tokens: to look ahead.
         token_ids: those that the drafter's head knows.
     """
-    rows = [row for row, each in enumerate(parameters.values()) if each.sampling_type != SamplingType.GREEDY]
-    if not rows:
+    sampled = {
+        row: place for row, (place, each) in enumerate(parameters.items()) if each.sampling_type != SamplingType.GREEDY
+    }
+    if not sampled:
         return None
-    places, requests = list(parameters), list(parameters.values())
-    shared = foresee_seeds(torch.default_generator, num_tokens * num_requests).view(num_tokens, num_requests)
-    own = (generators.get(places[row]) for row in rows)
-    seeds = torch.stack(
-        [
-            shared[:, places[row]] if generator is None else foresee_seeds(generator, num_tokens)
-            for row, generator in zip(rows, own, strict=True)
-        ]
-    )
-    return KnownDraws(rows, seeds, Truncation.of([requests[row] for row in rows]), token_ids)
+    seeds = torch.stack([foresee_seeds(generators[place], num_tokens) for place in sampled.values()])
+    truncation = Truncation.of([parameters[place] for place in sampled.values()])
+    return KnownDraws(list(sampled), seeds, truncation, token_ids)

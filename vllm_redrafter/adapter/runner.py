@@ -2,6 +2,7 @@
 
 What a step does differently, in the order in which a step does it:
 
+    _update_states             a generator for every request that samples
     _prepare_inputs            which trees this step verifies; node i of a tree stands at position context + depth
     _build_attention_metadata  the attention of branching trees
     _sample                    the acceptance walk, and the commit of the accepted paths
@@ -146,6 +147,21 @@ class TreeModelRunner(CPUModelRunner):
         drafts = scheduler_output.scheduled_spec_decode_tokens
         is_decoding = all(count == 1 + len(drafts.get(request, ())) for request, count in scheduled.items())
         self._decoding = set(scheduled) if is_decoding else set()
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        """Let every request that samples draw from a generator of its own, also where it has no seed.
+
+        Trees are built from what will be drawn, so whether a walk ends hangs on it. All requests without a seed share
+        one generator in vLLM, of which a walk that ends before others skips numbers: those left were a selection.
+        """
+        corrections = super()._update_states(scheduler_output)
+        for new_request in scheduler_output.scheduled_new_reqs:
+            state = self.requests[new_request.req_id]
+            if state.generator is None and not is_greedy(state.sampling_params):
+                state.generator = foresight.own_generator()
+                place = self.input_batch.req_id_to_index[new_request.req_id]
+                self.input_batch.generators[place] = state.generator
+        return corrections
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any]) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -322,7 +338,6 @@ class TreeModelRunner(CPUModelRunner):
             return None
         return foresight.of(
             self.input_batch.generators,
-            self.input_batch.num_reqs,
             dict(zip(active, parameters, strict=True)),
             self.drafter.options.draft_length,
             self.drafter.drafted_ids,
