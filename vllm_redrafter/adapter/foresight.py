@@ -1,9 +1,9 @@
 """What vLLM's sampler will add to the logits of the next tokens: noise that drafts may know (`core.noise`).
 
 The sampler takes a seed per row and call from the request's generator, and a walk calls it once per depth, so a copy of
-the generator tells the seeds of the next step's depths. A generator must serve one request alone, and each of its numbers
-one token: were some skipped because of what was made of them, those left would be a selection, and the text would no
-longer have the target's distribution. So requests without a seed are given generators too (`own_generator`).
+the generator tells the seeds of the next step's depths. A generator must serve one request alone, and each of its
+numbers one token: were some skipped because of what was made of them, those left would be a selection, and the text
+would no longer have the target's distribution. So requests without a seed are given generators too (`own_generator`).
 """
 
 from __future__ import annotations
