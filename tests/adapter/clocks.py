@@ -10,8 +10,7 @@ from vllm_redrafter.adapter.searcher import Searcher
 
 
 def tell_seconds(monkeypatch: pytest.MonkeyPatch, told: Callable[[Searcher, int], float]) -> None:
-    """Let searches take what `told` says of a searcher and a number of requests, alone and beside each other."""
-    monkeypatch.setattr(Searcher, "seconds", told)
+    """Let searches take what `told` says of a searcher and a number of requests, beside each other."""
     monkeypatch.setattr(
         Searcher,
         "seconds_beside",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from vllm.config.compilation import CompilationMode
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tests.adapter.clocks import tell_seconds
 from tests.adapter.trees import draft_tree
-from vllm_redrafter.adapter import loading, packed_drafter
+from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter import proposer as proposer_module
 from vllm_redrafter.adapter.config import ReDrafterOptions
-from vllm_redrafter.adapter.packed_drafter import PackedLinear
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.searcher import SEVERAL, Searcher
 from vllm_redrafter.adapter.tree_batch import DraftTree, chain_of, path_segments
@@ -37,13 +35,11 @@ def proposer_of(
     options: ReDrafterOptions,
     dtype: torch.dtype = torch.float32,
     num_ranks: int = 1,
-    mode: CompilationMode = CompilationMode.NONE,
     most_requests: int = 8,
 ) -> ReDrafterProposer:
     """Return the proposer as vLLM builds it: from its config alone."""
     found = SimpleNamespace(
         additional_config={"redrafter": asdict(options)},
-        compilation_config=SimpleNamespace(mode=mode),
         model_config=SimpleNamespace(dtype=dtype),
         parallel_config=SimpleNamespace(tensor_parallel_size=num_ranks),
         scheduler_config=SimpleNamespace(max_num_seqs=most_requests),
@@ -84,7 +80,7 @@ def vllm_target(embedding: torch.Tensor, head: torch.Tensor | None) -> nn.Module
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(loading, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
 # trees
@@ -216,7 +212,10 @@ def test_vllms_own_hook_is_not_answered_with_drafts_that_make_no_sense() -> None
 
 def stored(directory: Path, **changes: Any) -> ReDrafterOptions:
     torch.manual_seed(0)
-    save_drafter(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1, **changes)), directory)
+    drafter = ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1, **changes))
+    for parameter in drafter.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # so that the kernel rounds nothing
+    save_drafter(drafter, directory)
     return ReDrafterOptions(str(directory), 8, 2, 3, "auto")
 
 
@@ -248,10 +247,10 @@ def test_a_tied_drafter_uses_the_targets_head_without_its_padding(
 
 
 def test_the_head_of_a_target_on_many_ranks_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(loading, "get_tensor_model_parallel_world_size", lambda: 2)
     other_rank = torch.randn(VOCAB // 2, HIDDEN)
     monkeypatch.setattr(
-        "vllm.distributed.tensor_model_parallel_all_gather", lambda ours, dim: torch.cat((ours, other_rank), dim=dim)
+        loading, "tensor_model_parallel_all_gather", lambda ours, dim: torch.cat((ours, other_rank), dim=dim)
     )
     proposer = proposer_of(stored(tmp_path, exit_dim=HIDDEN, tie_lm_head=True, rnn=False))
     ours = torch.randn(VOCAB // 2, HIDDEN)
@@ -285,11 +284,6 @@ def test_loading_says_what_was_loaded(tmp_path: Path, monkeypatch: pytest.Monkey
     assert messages == [f"Loaded the drafter {tmp_path} (0.0M parameters, torch.float32)"]
 
 
-def held_in(searcher: Searcher) -> torch.dtype:
-    dtype: torch.dtype = searcher.drafter.rnn_u.weight.dtype
-    return dtype
-
-
 def searchers_used(proposer: ReDrafterProposer, monkeypatch: pytest.MonkeyPatch) -> list[Searcher]:
     """Return what searches for one request and for several."""
     hidden, init_ids = inputs()
@@ -303,191 +297,72 @@ def searchers_used(proposer: ReDrafterProposer, monkeypatch: pytest.MonkeyPatch)
     return used
 
 
+def says_how(proposer: ReDrafterProposer, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Return how one request and several are searched for."""
+    return {str(searcher).partition(", ")[2] for searcher in searchers_used(proposer, monkeypatch)}
+
+
 @pytest.mark.parametrize(
-    ("fastest", "num_ranks", "expected"),
+    ("num_ranks", "changes", "most_folded", "expected"),
     [
-        (torch.float32, 1, torch.float32),
-        (torch.bfloat16, 1, torch.bfloat16),
-        (torch.int8, 1, torch.int8),
-        # ranks might choose differently
-        (torch.int8, 2, torch.float32),
+        (1, {}, 1 << 24, "in one call"),
+        (1, {}, 0, "in one call"),
+        (1, {"exit_dim": HIDDEN, "tie_lm_head": True}, 1 << 24, "in one call"),
+        # ranks might round differently
+        (2, {}, 1 << 24, "operation by operation"),
+        (1, {"top_k": 3}, 1 << 24, "operation by operation"),
     ],
 )
-def test_a_large_drafter_is_held_in_what_is_fastest_for_one_request_and_for_several(
-    fastest: torch.dtype,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_are_searched_for_in_one_call_where_the_kernel_computes_them(
     num_ranks: int,
-    expected: torch.dtype,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(
-        Searcher,
-        "scoring_seconds",
-        lambda searcher, num_requests: 2.0 - (held_in(searcher) == (fastest if num_requests == 1 else torch.bfloat16)),
-    )
-    proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks)
-
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    proposer.tune(lambda num_rows: 0.0)
-
-    used = [held_in(searcher) for searcher in searchers_used(proposer, monkeypatch)]
-    assert used == [expected, torch.bfloat16 if num_ranks == 1 else torch.float32]
-
-
-def test_only_the_precision_that_was_chosen_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[tuple[torch.dtype, int]] = []
-    scoring = {torch.float32: 1.4, torch.bfloat16: 1.6, torch.int8: 1.0}
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: scoring[held_in(searcher)])
-    monkeypatch.setattr(Searcher, "_saved_seconds", lambda self, num_requests, will_compile: 0.0)
-    monkeypatch.setattr(
-        Searcher, "compile", lambda searcher, num_requests: compiled.append((held_in(searcher), num_requests))
-    )
-    proposer = proposer_of(stored(tmp_path), mode=CompilationMode.VLLM_COMPILE)
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-
-    proposer.tune(lambda num_rows: 0.0)
-
-    assert compiled == [(torch.int8, 1), (torch.int8, SEVERAL)]
-
-
-@pytest.mark.parametrize(("saved", "expected"), [(0.05, torch.int8), (0.03, torch.float32)])
-def test_weights_are_rounded_where_that_saves_more_than_it_costs(
-    saved: float, expected: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seconds = {torch.float32: 0.5, torch.bfloat16: 0.6, torch.int8: 0.5 - saved}
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(Searcher, "scoring_seconds", lambda searcher, num_requests: seconds[held_in(searcher)])
-    proposer = proposer_of(stored(tmp_path))
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-
-    proposer.tune(lambda num_rows: 1.0)
-
-    assert {held_in(searcher) for searcher in searchers_used(proposer, monkeypatch)} == {expected}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "num_ranks", "pack_target", "least_size", "expected"),
-    [
-        (torch.float32, 1, None, 0, True),
-        (torch.float32, 1, True, 0, True),
-        (torch.float32, 1, False, 0, False),
-        # ranks might choose differently
-        (torch.float32, 2, None, 0, False),
-        (torch.bfloat16, 1, None, 0, False),
-        # caches hold it
-        (torch.float32, 1, None, 1_000_000, False),
-    ],
-)
-def test_a_large_drafter_is_packed_where_the_target_may_be(
+    changes: dict[str, Any],
+    most_folded: int,
+    expected: str,
     dtype: torch.dtype,
-    num_ranks: int,
-    pack_target: bool | None,
-    least_size: int,
-    expected: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(proposer_module, "_LARGE", least_size)
-    monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, num_requests: 2.0 - is_packed(self))
-    options = replace(stored(tmp_path), pack_target=pack_target, budget="fixed")
-    proposer = proposer_of(options, dtype, num_ranks=num_ranks)
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    proposer.tune(lambda num_rows: 1.0)
+    monkeypatch.setattr(loading, "_MOST_FOLDED", most_folded)
+    monkeypatch.setattr(loading, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+    proposer = proposer_of(stored(tmp_path, **changes), dtype, num_ranks=num_ranks)
 
-    assert [is_packed(searcher) for searcher in searchers_used(proposer, monkeypatch)] == [expected] * 2
+    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN, dtype=dtype), None))
+
+    assert says_how(proposer, monkeypatch) == {expected}
 
 
-@pytest.mark.parametrize(("width", "kept", "expected"), [(2, 2, True), (2, 1, False), (1, 1, False)])
-def test_one_beam_of_one_request_is_not_packed(
-    width: int, kept: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_embedding_that_is_quantised_or_of_a_rank_is_asked_and_not_read(
+    num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(proposer_module, "_LARGE", 0)
-    monkeypatch.setattr(Searcher, "scoring_seconds", lambda self, num_requests: 2.0 - is_packed(self))
-    tell_seconds(monkeypatch, lambda searcher, num_requests: float(searcher.shape.width))
-    proposer = proposer_of(replace(stored(tmp_path), beam_width=width))
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    # beams are worth a fiftieth of a step
-    proposer.tune(lambda num_rows: 100.0 if kept == 2 else 1.0)
+    monkeypatch.setattr(loading, "_MOST_FOLDED", 0)
+    monkeypatch.setattr(loading, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+    embedding = vllm_module(VocabParallelEmbedding, torch.randn(VOCAB, HIDDEN))
+    if num_ranks == 1:
+        embedding.weight = nn.Parameter(torch.ones(VOCAB, HIDDEN, dtype=torch.int8), requires_grad=False)
+    proposer = proposer_of(stored(tmp_path))
 
-    one, several = searchers_used(proposer, monkeypatch)
-    assert (one.shape.width, several.shape.width) == (kept, kept)
-    assert (is_packed(one), is_packed(several)) == (expected, True)
+    proposer.load_model(nn.Sequential(embedding))
+
+    assert says_how(proposer, monkeypatch) == {"operation by operation"}
 
 
-def is_packed(searcher: Searcher) -> bool:
-    return any(isinstance(module, PackedLinear) for module in searcher.drafter.modules())
-
-
-def test_without_a_compiler_no_drafter_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def packed(drafter: ReDrafter) -> ReDrafter:
+def test_without_a_compiler_drafts_are_searched_for_as_well(
+    tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*how: object) -> None:
         raise NotCompiledError("No working C++ compiler")
 
     warnings: list[str] = []
     monkeypatch.setattr(proposer_module.logger, "warning", lambda message, *args: warnings.append(message % args))
-    monkeypatch.setattr(packed_drafter, "packed", packed)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(proposer_module, "_LARGE", 0)
+    monkeypatch.setattr(proposer_module, "PackedDrafter", refuse)
     proposer = proposer_of(stored(tmp_path))
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    proposer.tune(lambda num_rows: 1.0)
-
-    assert not any(is_packed(searcher) for searcher in searchers_used(proposer, monkeypatch))
-    assert warnings == ["The drafter's matrices are not packed: No working C++ compiler"]
-
-
-@pytest.mark.parametrize(
-    ("mode", "num_ranks", "most_requests", "expected"),
-    [
-        (CompilationMode.VLLM_COMPILE, 1, 8, [1, SEVERAL]),
-        (CompilationMode.VLLM_COMPILE, 1, 1, [1]),
-        (CompilationMode.NONE, 1, 8, []),
-        # ranks must draft alike
-        (CompilationMode.VLLM_COMPILE, 2, 8, []),
-    ],
-)
-def test_searches_are_compiled_where_the_target_is_too(
-    mode: CompilationMode,
-    num_ranks: int,
-    most_requests: int,
-    expected: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compiled: list[int] = []
-    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests, **how: compiled.append(num_requests))
-    proposer = proposer_of(stored(tmp_path), num_ranks=num_ranks, mode=mode, most_requests=most_requests)
 
     proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    proposer.tune(lambda num_rows: 0.0)
 
-    assert compiled == expected
-
-
-@pytest.mark.parametrize("is_faster", [True, False])
-def test_what_is_compiled_for_most_requests_is_compiled_for_those_that_leave_tokens_out(
-    is_faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[tuple[int, bool]] = []
-    monkeypatch.setattr(
-        Searcher,
-        "compile",
-        lambda self, num_requests, truncates=False: compiled.append((num_requests, truncates)),
-    )
-    monkeypatch.setattr(Searcher, "is_compiled", lambda self, num_requests: is_faster)
-    proposer = proposer_of(stored(tmp_path), mode=CompilationMode.VLLM_COMPILE, most_requests=8)
-
-    proposer.load_model(vllm_target(torch.randn(VOCAB, HIDDEN), None))
-    proposer.tune(lambda num_rows: 0.0)
-
-    programs = [(1, False), (1, True), (SEVERAL, False), (SEVERAL, True)]
-    assert compiled == (programs if is_faster else programs[::2])
+    assert says_how(proposer, monkeypatch) == {"operation by operation"}
+    assert warnings == ["Drafts are searched for operation by operation, which takes longer: No working C++ compiler"]
 
 
 @pytest.mark.parametrize(
@@ -516,23 +391,6 @@ def test_beams_that_take_more_than_they_bring_are_not_searched(
     proposer.tune({1: 1.0, SEVERAL: 2.0}.__getitem__)
 
     assert tuple(searcher.shape.width for searcher in searchers_used(proposer, monkeypatch)) == expected
-
-
-@pytest.mark.parametrize("mode", [CompilationMode.VLLM_COMPILE, CompilationMode.NONE])
-def test_beams_are_weighed_against_what_will_be_compiled_where_the_target_is(
-    mode: CompilationMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[bool] = []
-    monkeypatch.setattr(Searcher, "compile", lambda self, num_requests, **how: None)
-    monkeypatch.setattr(
-        Searcher, "narrowed", lambda self, number, most_seconds, *, will_compile: (told.append(will_compile), self)[1]
-    )
-    proposer = proposer_of(ReDrafterOptions("unused", 8, 4, 4, "auto"), mode=mode)
-    proposer.hold(ReDrafter(ReDrafterConfig(HIDDEN, VOCAB)).eval(), nn.Embedding(VOCAB, HIDDEN))
-
-    proposer.tune(lambda num_rows: 0.0)
-
-    assert told == [mode == CompilationMode.VLLM_COMPILE] * 2
 
 
 def test_what_is_asked_for_is_searched_where_the_budget_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,13 +422,13 @@ def test_what_was_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     loaded(width=3, length=4).tune(lambda num_rows: 1e6)
 
-    how = "3 x 4 tokens, weights in 32 bits, uncompiled"
+    how = "3 x 4 tokens, operation by operation"
     assert messages == [f"Drafting for one request: {how}; for several: {how}"]
 
 
 @pytest.mark.parametrize("most_folded", [VOCAB * HIDDEN, VOCAB * HIDDEN - 1])
 def test_a_small_embedding_table_is_folded_and_drafts_the_same(
-    most_folded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    most_folded: int, tmp_path: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "_MOST_FOLDED", most_folded)
     proposer, table = proposer_of(stored(tmp_path)), torch.randn(VOCAB, HIDDEN)
@@ -591,4 +449,4 @@ def test_a_small_embedding_table_is_folded_and_drafts_the_same(
     )
     found = proposer.search(hidden, init_ids, NO_FLOOR)
     assert torch.equal(found.token_ids, expected.token_ids)
-    torch.testing.assert_close(found.log_probs, expected.log_probs)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)

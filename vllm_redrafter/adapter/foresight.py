@@ -15,6 +15,7 @@ import torch
 from vllm.sampling_params import SamplingType
 
 from vllm_redrafter.core.noise import Truncation, foresee_seeds, gumbel
+from vllm_redrafter.kernels.cpu_beam_search import Draws
 
 _TRIED_DRAWS = 8
 _TRIED_TOKENS = 256
@@ -65,22 +66,13 @@ class KnownDraws:
         drawn = self._truncation.lift(sampled, self._noise[:, place, None])
         return drawn if sampled is logits else logits.index_copy(0, torch.tensor(self._rows), drawn)
 
-    @property
-    def leaves_tokens_out(self) -> bool:
-        """Whether any request draws from some tokens only: then more is done than noise added."""
-        return self._truncation.is_active
-
-    def of_batch(self, num_requests: int) -> tuple[torch.Tensor, Truncation | None]:
-        """Return the noise of a batch of so many, [batch, depths, tokens], and what is left out, None for nothing.
-
-        Greedy requests have noise of 0 and leave nothing out.
-        """
-        noise = self._noise_of(slice(None))
-        truncation = self._truncation if self.leaves_tokens_out else None
+    def of_batch(self, num_requests: int) -> Draws:
+        """Return it for a batch of so many, in which the others are greedy."""
         if len(self._rows) == num_requests:
-            return noise, truncation
-        of_all = noise.new_zeros(num_requests, *noise.shape[1:]).index_copy_(0, torch.tensor(self._rows), noise)
-        return of_all, None if truncation is None else truncation.among(self._rows, num_requests)
+            return Draws(self._seeds, self._truncation)
+        places = torch.tensor(self._rows)
+        seeds = self._seeds.new_zeros(num_requests, self._seeds.shape[1]).index_copy_(0, places, self._seeds)
+        return Draws(seeds, self._truncation.among(places, num_requests))
 
     def _noise_of(self, depths: slice) -> torch.Tensor:  # [requests, depths, tokens]
         temperatures = self._truncation.temperatures[:, None, None]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_redrafter.core import checkpoint
@@ -23,6 +24,8 @@ class LoadedDrafter(NamedTuple):
 
     drafter: ReDrafter
     embed: Embed
+    table: torch.Tensor | None
+    """What `embed` looks up, [tokens, hidden_size]; None where it does more than that."""
     num_parameters: int
     """Those of the checkpoint."""
 
@@ -40,17 +43,26 @@ def load_beside(
     embedding = _find_module(target, VocabParallelEmbedding, exclude=ParallelLMHead)
     if drafter.config.tie_lm_head:
         drafter.tie_head(_full_head(target, embedding, drafter.config.vocab_size))
-    return LoadedDrafter(drafter, _folded(drafter, embedding, dtype, device), num_parameters)
+    folded = _folded(drafter, embedding, dtype, device)
+    if folded is None:
+        return LoadedDrafter(drafter, embedding, _table_of(embedding), num_parameters)
+    return LoadedDrafter(drafter, partial(functional.embedding, weight=folded), folded, num_parameters)
 
 
 @torch.inference_mode()
-def _folded(drafter: ReDrafter, embed: Embed, dtype: torch.dtype, device: torch.device | None) -> Embed:
-    """Return what looks `W_w E(g)` up, where the table of all tokens is small, instead of computing it."""
+def _folded(drafter: ReDrafter, embed: Embed, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor | None:
+    """Return the table of `W_w E(g)` where that of all tokens is small: it is looked up instead of computed."""
     config = drafter.config
     if not config.rnn or config.vocab_size * config.hidden_size > _MOST_FOLDED:
-        return embed
-    table = embed(torch.arange(config.vocab_size, device=device)).to(dtype)
-    return partial(functional.embedding, weight=drafter.fold_embeddings(table))
+        return None
+    return drafter.fold_embeddings(embed(torch.arange(config.vocab_size, device=device)).to(dtype))
+
+
+def _table_of(embedding: nn.Module) -> torch.Tensor | None:
+    """Return the weight of an embedding that is whole on this rank, and not quantised."""
+    weight = embedding.weight
+    is_table = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    return weight.detach() if is_table and get_tensor_model_parallel_world_size() == 1 else None
 
 
 def _find_module(target: nn.Module, kind: type[nn.Module], exclude: type[nn.Module]) -> nn.Module:
@@ -65,8 +77,6 @@ def _find_module(target: nn.Module, kind: type[nn.Module], exclude: type[nn.Modu
 
 def _full_head(target: nn.Module, embedding: nn.Module, vocab_size: int) -> torch.Tensor:
     """Return the target's whole head, [vocab_size, hidden_size], gathered from all ranks."""
-    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
-
     heads = [module for module in target.modules() if isinstance(module, ParallelLMHead)]
     weight = (heads[0] if heads else embedding).weight
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:

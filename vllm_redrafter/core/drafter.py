@@ -151,21 +151,27 @@ class ReDrafter(nn.Module):
         self.rnn_w = nn.Identity()
         return folded
 
-    def replace_linear(self, make: Callable[[nn.Linear], nn.Module]) -> int:
-        """Put other modules in the place of linear layers, `input_proj` excepted, which is used in slices.
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.parameters()).dtype
 
-        For serving: the drafter can no longer be trained or saved.
+    def residual_blocks(self) -> list[ResidualBlock]:
+        """Return the blocks before the head."""
+        return [block for block in self.lm_head if isinstance(block, ResidualBlock)]
 
-        Returns:
-            How many were replaced.
+    def head_weight(self) -> torch.Tensor:
+        """Return the head's matrix, [head_size, exit_dim], its own or the one that was lent.
+
+        Raises:
+            RuntimeError: the head is tied and `tie_head` has not been called.
         """
-        num_replaced = 0
-        for parent in list(self.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and name != "input_proj":
-                    setattr(parent, name, make(child))
-                    num_replaced += 1
-        return num_replaced
+        if not self.config.tie_lm_head:
+            weight: torch.Tensor = self.lm_head[-1].weight
+            return weight
+        if self._tied_head is None:
+            raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
+        return self._tied_head
 
     def target_ids(self) -> torch.Tensor | None:
         """Return the target's id for every row of the head, [draft_vocab_size], or None where they are the same."""
@@ -219,9 +225,7 @@ class ReDrafter(nn.Module):
         if not self.config.tie_lm_head:
             logits: torch.Tensor = self.lm_head[-1](x)
             return logits
-        if self._tied_head is None:
-            raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
-        return functional.linear(x, self._tied_head.to(x.dtype))
+        return functional.linear(x, self.head_weight().to(x.dtype))
 
     def processed_logits(
         self, state: DraftState, change: Callable[[torch.Tensor], torch.Tensor] | None = None

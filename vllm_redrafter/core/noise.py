@@ -77,15 +77,14 @@ class Truncation(NamedTuple):
             any(leaves_tokens_out(each) for each in parameters),
         )
 
-    def among(self, rows: Sequence[int], num_requests: int) -> Truncation:
-        """Return it for `num_requests` requests, of which these stand in `rows`; the others leave nothing out."""
-        places = torch.tensor(rows)
+    def among(self, rows: torch.Tensor, num_requests: int) -> Truncation:
+        """Return it for `num_requests` requests, of which these stand in `rows`; the others are greedy."""
 
         def spread(column: torch.Tensor, neutral: float) -> torch.Tensor:
-            return column.new_full((num_requests,), neutral).index_copy_(0, places, column)
+            return column.new_full((num_requests,), neutral).index_copy_(0, rows, column)
 
         return Truncation(
-            spread(self.temperatures, 1.0),
+            spread(self.temperatures, 0.0),
             spread(self.top_k, 0),
             spread(self.top_p, 1.0),
             spread(self.min_p, 0.0),

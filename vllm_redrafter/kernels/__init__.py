@@ -1,6 +1,7 @@
 """What runs on the GPU, in Triton: every kernel stands beside its twin in plain torch, under one name and signature.
 
-`few_rows` and `cpu_tree_attention` are for CPUs, in C++; the latter shares the twin of `tree_attention`.
+`few_rows`, `cpu_tree_attention` and `cpu_beam_search` are for CPUs, in C++; the second shares the twin of
+`tree_attention`, that of the third is `core.beam_search`.
 """
 
 from __future__ import annotations

@@ -31,24 +31,6 @@ struct Seen {
   float* weights;  // [queries], sum of exp(score - best)
 };
 
-// exp(x) for x <= 0, within 2 units in the last place: 2^n by the exponent's bits, the rest as a polynomial.
-static inline Vector exp_of(Vector x) {
-  const Vector least = Vector{} - 87.0f;
-  x = x > least ? x : least;
-  const Integers n = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);  // rounds towards zero
-  const Vector whole = __builtin_convertvector(n, Vector);
-  const Vector rest = x - whole * 0.693359375f - whole * -2.12194440e-4f;  // ln 2 in two parts
-  Vector sum = Vector{} + 1.0f / 5040;
-  sum = sum * rest + 1.0f / 720;
-  sum = sum * rest + 1.0f / 120;
-  sum = sum * rest + 1.0f / 24;
-  sum = sum * rest + 1.0f / 6;
-  sum = sum * rest + 0.5f;
-  sum = sum * rest + 1.0f;
-  sum = sum * rest + 1.0f;
-  return sum * (Vector)((n + 127) << 23);
-}
-
 // Turns a row's scores of a block into weights, and brings what was seen before in line with a higher score.
 static void weigh(float* scores, int64_t padded, int64_t head_size, float* outputs, float& best, float& weights) {
   Vector highest = Vector{} + kLowest;
@@ -133,7 +115,7 @@ static void attend(const Call& call, const Request& request, int64_t kv_head, in
     for (int64_t token = 0; token < length; token += kWidth)
       for (int64_t index = 0; index < queries; index += kGroup)
         add_group(std::min<int64_t>(kGroup, queries - index), {query + index * head_size, head_size},
-                  {call.keys + offset + token, block_size}, scores + index * block_size + token, block_size, head_size,
+                  Rows{call.keys + offset + token, block_size}, scores + index * block_size + token, block_size, head_size,
                   nothing);
     for (int64_t index = 0; index < queries; ++index) {
       float* row_scores = scores + index * block_size;
@@ -150,7 +132,7 @@ static void attend(const Call& call, const Request& request, int64_t kv_head, in
     for (int64_t column = 0; column < head_size; column += kWidth)
       for (int64_t index = 0; index < queries; index += kGroup)
         add_group(std::min<int64_t>(kGroup, queries - index), {scores + index * block_size, block_size},
-                  {call.values + offset + column, head_size}, seen.outputs + index * head_size + column, head_size,
+                  Rows{call.values + offset + column, head_size}, seen.outputs + index * head_size + column, head_size,
                   length, nothing);
   }
 }

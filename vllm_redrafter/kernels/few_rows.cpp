@@ -25,7 +25,7 @@ static void multiply(const float* x, const float* panel, const float* bias, floa
         if (index < share)
           for (int line = 0; line < kWidth; line += kCacheLine) __builtin_prefetch(ahead + index * kWidth + line);
       };
-      add_group(end - row, {x + row * inputs + input, inputs}, {block, kWidth}, sums + row * kWidth, kWidth, length,
+      add_group(end - row, {x + row * inputs + input, inputs}, Rows{block, kWidth}, sums + row * kWidth, kWidth, length,
                 fetch);
       row = end;
     }

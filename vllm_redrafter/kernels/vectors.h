@@ -23,6 +23,7 @@ constexpr int kWidth = 2 * kLanes;  // columns of a panel
 
 extern "C" int64_t panel_width() { return kWidth; }
 
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
@@ -32,9 +33,39 @@ struct Rows {
   int64_t stride;
 };
 
+// The same in bf16.
+struct HalfRows {
+  const uint16_t* data;
+  int64_t stride;
+};
+
+static inline Vector load(const Rows& rows, int64_t place) { return *(const Vector*)(rows.data + place); }
+
+static inline Vector load(const HalfRows& rows, int64_t place) {
+  return (Vector)(__builtin_convertvector(*(const Shorts*)(rows.data + place), Integers) << 16);
+}
+
+// exp(x) for x <= 0, within 2 units in the last place: 2^n by the exponent's bits, the rest as a polynomial.
+static inline Vector exp_of(Vector x) {
+  const Vector least = Vector{} - 87.0f;
+  x = x > least ? x : least;
+  const Integers n = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);  // rounds towards zero
+  const Vector whole = __builtin_convertvector(n, Vector);
+  const Vector rest = x - whole * 0.693359375f - whole * -2.12194440e-4f;  // ln 2 in two parts
+  Vector sum = Vector{} + 1.0f / 5040;
+  sum = sum * rest + 1.0f / 720;
+  sum = sum * rest + 1.0f / 120;
+  sum = sum * rest + 1.0f / 24;
+  sum = sum * rest + 1.0f / 6;
+  sum = sum * rest + 0.5f;
+  sum = sum * rest + 1.0f;
+  sum = sum * rest + 1.0f;
+  return sum * (Vector)((n + 127) << 23);
+}
+
 // Adds x[kRows, length] @ panel[length, kWidth] to sums[kRows, kWidth]; calls `before` with every index of `length`.
-template <int kRows, class Before>
-static inline __attribute__((always_inline)) void add_products(Rows x, Rows panel, float* sums, int64_t sums_stride, int64_t length, Before before) {
+template <int kRows, class Panel, class Before>
+static inline __attribute__((always_inline)) void add_products(Rows x, Panel panel, float* sums, int64_t sums_stride, int64_t length, Before before) {
   Vector left[kRows], right[kRows];
   for (int row = 0; row < kRows; ++row) {
     left[row] = *(const Vector*)(sums + row * sums_stride);
@@ -42,8 +73,8 @@ static inline __attribute__((always_inline)) void add_products(Rows x, Rows pane
   }
   for (int64_t index = 0; index < length; ++index) {
     before(index);
-    const Vector first = *(const Vector*)(panel.data + index * panel.stride);
-    const Vector second = *(const Vector*)(panel.data + index * panel.stride + kLanes);
+    const Vector first = load(panel, index * panel.stride);
+    const Vector second = load(panel, index * panel.stride + kLanes);
     for (int row = 0; row < kRows; ++row) {
       left[row] += x.data[row * x.stride + index] * first;
       right[row] += x.data[row * x.stride + index] * second;
@@ -56,10 +87,10 @@ static inline __attribute__((always_inline)) void add_products(Rows x, Rows pane
 }
 
 // The same for a number of rows, 1 to kGroup, that is known when it runs.
-template <class Before, int kRows = kGroup>
-static inline __attribute__((always_inline)) void add_group(int64_t rows, Rows x, Rows panel, float* sums, int64_t sums_stride, int64_t length,
+template <class Panel, class Before, int kRows = kGroup>
+static inline __attribute__((always_inline)) void add_group(int64_t rows, Rows x, Panel panel, float* sums, int64_t sums_stride, int64_t length,
                       Before before) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return add_group<Before, kRows - 1>(rows, x, panel, sums, sums_stride, length, before);
+    if (rows < kRows) return add_group<Panel, Before, kRows - 1>(rows, x, panel, sums, sums_stride, length, before);
   add_products<kRows>(x, panel, sums, sums_stride, length, before);
 }
