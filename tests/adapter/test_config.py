@@ -232,9 +232,12 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
         ({"num_speculative_tokens": True}, "num_speculative_tokens is True"),
         ({"num_speculative_tokens": None}, "num_speculative_tokens is None"),
         ({"beam_width": 0}, "beam_width is 0, but it must be an integer of at least 1"),
+        ({"beam_width": 64}, "beam_width is 64, but a tree has at most 63 nodes: ask for at most 63"),
         ({"beam_width": 2.5}, "beam_width is 2.5, but it must be an integer of at least 1"),
         ({"draft_length": 0}, "draft_length is 0, but it must be an integer of at least 1"),
         ({"draft_length": -3}, "draft_length is -3"),
+        ({"draft_length": 100000}, "draft_length is 100000, but a tree has at most 63 nodes: ask for at most 63"),
+        ({"beam_length": 65}, "beam_length is 65, but a tree has at most 63 nodes: ask for at most 64"),
         ({"beam_length": 0}, "beam_length is 0, but it must be an integer of at least 1"),
         ({"beam_length": 1}, "beam_length is 1, but it counts the init token: it must be at least 2"),
         ({"beam_length": 5, "draft_length": 4}, "draft_length and beam_length are both given.*keep one"),
@@ -251,6 +254,10 @@ def test_a_wrong_value_is_refused_with_the_rule_and_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         options_for({"model": drafter, **request_})
+
+
+def test_as_many_beams_and_as_long_ones_as_a_tree_has_nodes_may_be_asked_for(drafter: str) -> None:
+    assert options_for({"model": drafter, "beam_width": 63, "beam_length": 64}).shape == (63, 63)
 
 
 @pytest.mark.parametrize("model", [{}, {"model": ""}, {"model": None}, {"model": 3}])
@@ -462,16 +469,6 @@ def test_fused_layers_are_refused_under_v2(v2: None, fused_drafter: str) -> None
         "the drafter sees what leaves the layers 0, 3, which is not built for model runner V2: use a drafter without "
         "fused_layers"
     )
-
-
-def test_more_beams_than_a_kernel_holds_are_refused_under_v2(v2: None, drafter: str) -> None:
-    assert read_options({"model": drafter, "beam_width": 64}, target_config()).beam_width == 64
-    with pytest.raises(ValueError, match="beam_width is 65, but under model runner V2 at most 64 beams are searched"):
-        read_options({"model": drafter, "beam_width": 65}, target_config())
-
-
-def test_more_beams_than_that_are_searched_under_v1(drafter: str) -> None:
-    assert read_options({"model": drafter, "beam_width": 65}, target_config()).beam_width == 65
 
 
 def test_packing_the_target_is_refused_under_v2(v2: None, drafter: str) -> None:

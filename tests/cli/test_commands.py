@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,8 @@ def run(*arguments: str, expected_status: int = 0, timeout: int = 570) -> tuple[
     return lines, json.loads(lines[-1])
 
 
-def test_demo_shows_identical_outputs_and_all_four_speeds() -> None:
-    lines, summary = run("demo", "--max-tokens", "32")
+def test_demo_shows_accepted_drafts_in_colour_identical_outputs_and_all_four_speeds() -> None:
+    lines, summary = run("demo", "--max-tokens", "32", "--color", "always")
 
     assert summary["identical"] is True
     assert set(summary["tokens_per_second"]) == {"baseline", "chain", "tree", "auto"}
@@ -39,6 +40,11 @@ def test_demo_shows_identical_outputs_and_all_four_speeds() -> None:
     # a baseline step yields one token; a tree of this drafter must yield clearly more
     assert float(rows["baseline"][2]) == 1.0
     assert float(rows["tree of 8"][4]) > 1.5
+    # the answer stands behind the prompt, which is bold, and before what the colour means
+    answer = "\n".join(lines).split("\x1b[1m")[1].split("\x1b[0m", 1)[1].split("\n\n(\x1b[32mthis colour")[0]
+    drafted = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", answer, re.DOTALL)
+    # every step ends in a token of the target's own
+    assert 0 < len("".join(drafted)) < len(re.sub("\x1b\\[\\d+m", "", answer))
 
 
 def test_verify_finds_no_difference_and_has_tried_the_branches() -> None:

@@ -125,6 +125,24 @@ def test_a_raw_conversation_is_one_text(fake_pair: FakePair, tmp_path: Path) -> 
     assert [row["response"] for row in rows_of(output)] == ["one one one one", "one one one one"]
 
 
+@pytest.mark.parametrize(
+    ("raw", "responses"), [([], ["s / one s", "s / one /"]), (["--raw"], ["s one s one", "s ones one s"])]
+)
+def test_what_a_file_says_as_the_system_stands_before_every_turn(
+    raw: list[str], responses: list[str], fake_pair: FakePair, tmp_path: Path
+) -> None:
+    target, _ = fake_pair()
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    said = [("system", "s"), ("user", "one"), ("assistant", "never read"), ("user", "two")]
+    prompts.write_text(json.dumps({"messages": [{"role": role, "content": content} for role, content in said]}))
+    more = ["--max-tokens", "4", *raw]
+
+    main(["generate", "--target", target, "--baseline", "--prompts", str(prompts), "--output", str(output), *more])
+
+    # the fake repeats what it is given, and joins messages with slashes
+    assert [row["response"] for row in rows_of(output)] == responses
+
+
 @pytest.mark.parametrize("pair", [[], ["--drafter", "{drafter}", "--baseline"]])
 def test_either_a_drafter_or_baseline_is_asked_for(
     pair: list[str], fake_pair: FakePair, capsys: pytest.CaptureFixture[str]

@@ -58,6 +58,9 @@ def test_help_takes_under_a_second_and_imports_the_standard_library_only(argumen
         (["generate", "--target", "t", "--baseline", "--prompt", "a", "--temperature", "x"], "'x' is no number"),
         (["verify", "--target", "t"], "the following arguments are required: --drafter"),
         (["verify", "--target", "t", "--drafter", "d", "--num-speculative-tokens", "64"], "from 1 to 63"),
+        (["generate", "--target", "t", "--drafter", "d", "--prompt", "a", "--draft-length", "64"], "from 1 to 63"),
+        (["evaluate", "--target", "t", "--drafter", "d", "--data", "f", "--beam-width", "64"], "from 1 to 63"),
+        (["train", "--target", "t", "--data", "f", "--output", "d", "--num-offsets", "64"], "from 1 to 63"),
         (["demo", "--colour", "always"], "unrecognized arguments: --colour"),
     ],
 )

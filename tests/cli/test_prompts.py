@@ -10,6 +10,39 @@ from vllm_redrafter.cli.prompts import Conversation, read_conversations
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "text"
 
+# laid out as the published sets, in our own words
+MT_BENCH = r"""
+{"question_id": 1, "category": "writing", "turns": ["Write a note to a neighbour.", "Make it rhyme."]}
+{"question_id": 2, "category": "roleplay", "turns": ["Say \"caf\u00e9\" in French.", "Encore, s'il vous pla\u00eet."]}
+{"question_id": 3, "category": "reasoning", "turns": ["Who is last of two?", "And of one?"], "reference": ["B", "A"]}
+{"question_id": 4, "category": "coding", "turns": ["What does this print?\n\n```\nprint(1)\n```", "And\tprint(2)?"]}
+{"question_id": 5, "category": "math", "turns": ["Solve x + 1 = {2}.", "Solve it again."], "reference": ["1", ""]}
+"""
+GSM8K = r"""
+{"question": "Ann\u2019s hen lays 3 eggs a day.  How many in 2 days?", "answer": "2 * 3 = <<2*3=6>>6\n#### 6"}
+{"question": "A pen costs $2 and a book $5. What do both cost?", "answer": "$2 + $5 = $<<2+5=7>>7\n#### 7"}
+{"question": "Bo walks 4 km.\nHe is halfway. How far is it?", "answer": "4 * 2 = <<4*2=8>>8 km\n#### 8"}
+{"question": "50% of 10 apples are red. How many?", "answer": "10 * .5 = <<10*.5=5>>5\n#### 5"}
+{"question": "Cy has 1,000 \"coins\" and loses 1. How many are left?", "answer": "<<1000-1=999>>999\n#### 999"}
+"""
+SHARE_GPT = r"""
+[
+  {
+    "id": "aB3_0",
+    "conversations": [
+      {"from": "human", "value": "Name a tree..."},
+      {"from": "gpt", "value": "An oak."},
+      {"from": "human", "value": "And\nanother?"},
+      {"from": "gpt", "value": "1. An elm.\n2. A yew."}
+    ]
+  },
+  {"id": "aB3_1", "conversations": [{"from": "gpt", "value": "\u2026cut off"}, {"from": "human", "value": "continue"}]},
+  {"id": "cD4", "conversations": [{"from": "system", "value": "Brief"}, {"from": "human", "value": "Hi \ud83d\ude00"}]},
+  {"id": "eF5_0", "conversations": [{"from": "user", "value": "<b>Bold</b>?"}, {"from": "chatgpt", "value": "Yes."}]},
+  {"id": "gH6_0", "conversations": [{"from": "human", "value": "Say it twice."}, {"from": "human", "value": "Please."}]}
+]
+"""
+
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
     path = tmp_path / name
@@ -52,6 +85,50 @@ def test_mt_bench_keeps_both_turns_and_conversations_what_the_human_says(tmp_pat
     assert read_conversations(mt_bench) == [Conversation(("first", "second"))]
     assert read_conversations(share_gpt) == [Conversation(("h1", "h2"), "s")]
     assert read_conversations(openai_messages) == [Conversation(("h1", "h2"), "s")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "mt_bench.jsonl",
+            MT_BENCH,
+            [
+                Conversation(("Write a note to a neighbour.", "Make it rhyme.")),
+                Conversation(('Say "café" in French.', "Encore, s'il vous plaît.")),
+                Conversation(("Who is last of two?", "And of one?")),
+                Conversation(("What does this print?\n\n```\nprint(1)\n```", "And\tprint(2)?")),
+                Conversation(("Solve x + 1 = {2}.", "Solve it again.")),
+            ],
+        ),
+        (
+            "gsm8k.jsonl",
+            GSM8K,
+            [
+                Conversation(("Ann\N{RIGHT SINGLE QUOTATION MARK}s hen lays 3 eggs a day.  How many in 2 days?",)),
+                Conversation(("A pen costs $2 and a book $5. What do both cost?",)),
+                Conversation(("Bo walks 4 km.\nHe is halfway. How far is it?",)),
+                Conversation(("50% of 10 apples are red. How many?",)),
+                Conversation(('Cy has 1,000 "coins" and loses 1. How many are left?',)),
+            ],
+        ),
+        (
+            "share_gpt.json",
+            SHARE_GPT,
+            [
+                Conversation(("Name a tree...", "And\nanother?")),
+                Conversation(("continue",)),
+                Conversation(("Hi \N{GRINNING FACE}",), "Brief"),
+                Conversation(("<b>Bold</b>?",)),
+                Conversation(("Say it twice.", "Please.")),
+            ],
+        ),
+    ],
+)
+def test_the_layouts_of_published_prompt_sets_are_read_whole(
+    tmp_path: Path, name: str, text: str, expected: list[Conversation]
+) -> None:
+    assert read_conversations(write(tmp_path, name, text)) == expected
 
 
 @pytest.mark.parametrize(

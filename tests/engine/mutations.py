@@ -127,6 +127,19 @@ def draft_without_foresight() -> Iterator[None]:
 
 
 @contextmanager
+def accept_the_padding() -> Iterator[None]:
+    """Take the -1 that vLLM pads drafts with for whatever token was drawn."""
+    from vllm_redrafter.adapter.tree_batch import DraftTree
+
+    class Children(dict[tuple[int, int], int]):
+        def get(self, key: tuple[int, int], default: Any = None) -> Any:
+            return super().get(key, super().get((key[0], -1), default))
+
+    with replaced(DraftTree, "children", lambda original: lambda self: Children(original(self))):
+        yield
+
+
+@contextmanager
 def draft_trees_for_grammars() -> Iterator[None]:
     """Propose trees to requests whose grammar follows one line of tokens."""
     from vllm_redrafter.adapter.proposer import ReDrafterProposer

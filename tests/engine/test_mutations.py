@@ -11,6 +11,7 @@ from tests.engine.conftest import TinyPair
 from tests.engine.engine_process import EnginePool, Workload, assert_same_answers
 from tests.engine.test_losslessness import SAMPLED, greedy, seeded
 from tests.engine.test_sampling_options import grammar_workload
+from tests.engine.test_scheduling import GREEDY, padding_workload
 
 pytestmark = pytest.mark.engine
 
@@ -30,6 +31,7 @@ WORKLOADS: dict[str, Callable[[EnginePool, TinyPair], Workload]] = {
     "seeded": lambda engines, pair: seeded(pair, SAMPLED),
     "bad words": bigrams_are_bad,
     "structured": lambda engines, pair: grammar_workload(pair, "dotted", temperature=0),
+    "padded": lambda engines, pair: padding_workload(pair, GREEDY),
 }
 
 
@@ -41,6 +43,7 @@ WORKLOADS: dict[str, Callable[[EnginePool, TinyPair], Workload]] = {
         ("leave_positions_linear", "greedy"),
         ("drop_the_path_writes", "greedy"),
         ("attend_to_every_earlier_node", "greedy"),
+        ("accept_the_padding", "padded"),
         ("draft_trees_for_grammars", "structured"),
         ("hide_accepted_tokens_from_the_sampler", "bad words"),
         ("draw_behind_the_end", "seeded"),

@@ -102,17 +102,21 @@ def test_aborted_and_late_requests_leave_the_others_alone(engines: EnginePool, t
     assert drafted.stats["num_branch_acceptances"] > 0
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, {**SEEDED, "seed": 4}], ids=["greedy", "sampled"])
-def test_padding_that_vllm_schedules_as_drafts_is_never_accepted(
-    engines: EnginePool, tiny_pair: TinyPair, sampling: dict[str, object]
-) -> None:
-    first = [Request(prompt, {**sampling, "max_tokens": 40}) for prompt in tiny_pair.prompts[:4]]
-    # one token to compute while others decode: vLLM pads these to the size of a draft
+def padding_workload(pair: TinyPair, sampling: dict[str, object]) -> Workload:
+    """Return requests with one token to compute while others decode: vLLM pads these to the size of a draft."""
+    first = [Request(prompt, {**sampling, "max_tokens": 40}) for prompt in pair.prompts[:4]]
     short = [Request(prompt, sampling, add_after=6 + index) for index, prompt in enumerate(token_prompts([1, 1, 1]))]
     blocks = token_prompts([65, 97])
     cached = [Request(prompt, {**sampling, "max_tokens": 2}) for prompt in blocks]
     resent = [Request(prompt, sampling, add_after=WHEN_IDLE) for prompt in blocks]
-    workload = Workload([*first, *short, *cached, *resent])
+    return Workload([*first, *short, *cached, *resent])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, {**SEEDED, "seed": 4}], ids=["greedy", "sampled"])
+def test_padding_that_vllm_schedules_as_drafts_is_never_accepted(
+    engines: EnginePool, tiny_pair: TinyPair, sampling: dict[str, object]
+) -> None:
+    workload = padding_workload(tiny_pair, sampling)
 
     drafted = engines.run(tiny_pair.drafted(), workload)
 

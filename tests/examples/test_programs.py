@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,11 @@ class TestOnAnEngine:
         assert int(found[1]) > int(found[2]) > 0
 
     def test_a_served_completion_streams_and_is_counted(self) -> None:
-        lines = run("serve_and_client", PORT="8139").splitlines()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+
+        lines = run("serve_and_client", PORT=str(port)).splitlines()
 
         assert re.fullmatch(r"vllm:spec_decode_num_accepted_tokens_total\{.*\} [1-9]\d*\.0", lines[-1])
         assert len("".join(lines[:-1])) > 20

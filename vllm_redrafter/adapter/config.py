@@ -15,8 +15,7 @@ from vllm_redrafter.adapter import patches
 from vllm_redrafter.adapter.v2 import support
 from vllm_redrafter.core import checkpoint, hub
 from vllm_redrafter.core.beam_search import BeamShape
-from vllm_redrafter.core.config import ReDrafterConfig, check_num_nodes
-from vllm_redrafter.kernels.batch import MAX_BEAMS
+from vllm_redrafter.core.config import MAX_NODES, ReDrafterConfig, check_num_nodes
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -183,11 +182,7 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     num_nodes = request.get("num_speculative_tokens", config.num_speculative_tokens)
     check_num_nodes(num_nodes)
     budget = _budget(request)
-    width = _positive(request, "beam_width", config.beam_width)
-    if width > MAX_BEAMS and support.uses_v2():
-        raise ValueError(
-            f"beam_width is {width}, but under model runner V2 at most {MAX_BEAMS} beams are searched: ask for fewer"
-        )
+    width = _extent(request, "beam_width", config.beam_width)
     length = _draft_length(request, config)
     pack_target = _pack_target(request)
     return ReDrafterOptions(str(directory), num_nodes, width, length, budget, pack_target, config.fused_layers)
@@ -211,12 +206,12 @@ def _draft_length(request: dict[str, Any], config: ReDrafterConfig) -> int:
     if "beam_length" in request:
         if "draft_length" in request:
             raise ValueError("draft_length and beam_length are both given: beam_length is draft_length + 1, keep one")
-        beam_length = _positive(request, "beam_length", 0)
+        beam_length = _extent(request, "beam_length", 0, MAX_NODES + 1)
         if beam_length < 2:
             raise ValueError("beam_length is 1, but it counts the init token: it must be at least 2")
         length = beam_length - 1
     else:
-        length = _positive(request, "draft_length", config.draft_length)
+        length = _extent(request, "draft_length", config.draft_length)
     if length > config.trained_draft_length:
         logger.warning(
             "draft_length is %d, but the drafter was trained for %d: tokens beyond that are seldom accepted",
@@ -261,10 +256,12 @@ def _schedule(request: dict[str, Any]) -> dict[str, Any]:
     return {_SCHEDULE: validate_and_normalize_dynamic_sd_schedule(request[_SCHEDULE])}
 
 
-def _positive(request: dict[str, Any], key: str, default: int) -> int:
+def _extent(request: dict[str, Any], key: str, default: int, most: int = MAX_NODES) -> int:
     value = request.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key} is {value!r}, but it must be an integer of at least 1")
+    if value > most:
+        raise ValueError(f"{key} is {value}, but a tree has at most {MAX_NODES} nodes: ask for at most {most}")
     return value
 
 

@@ -103,15 +103,18 @@ def answer_all(
             progress.count("answered", sum(len(answers) for answers in answered), total)
             write_complete()
 
-        prompts = [build_prompt(conversations[i].turns[: turn + 1], answered[i], raw=raw) for i in open_members]
+        prompts = [
+            build_prompt(conversations[i].turns[: turn + 1], answered[i], system=conversations[i].system, raw=raw)
+            for i in open_members
+        ]
         generations.append(engine.generate(prompts, sampling, on_answer=keep))
         write_complete()
     return merge(generations)
 
 
-def build_prompt(turns: Sequence[str], answers: Sequence[Answer], *, raw: bool) -> Prompt:
-    """Return the prompt of the last turn, after the turns and answers before it."""
-    messages = []
+def build_prompt(turns: Sequence[str], answers: Sequence[Answer], *, system: str = "", raw: bool) -> Prompt:
+    """Return the prompt of the last turn, after what the system says and the turns and answers before it."""
+    messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns):
         messages.append({"role": "user", "content": turn})
         if number < len(answers):

@@ -88,10 +88,15 @@ class Server:
 
     def _add(self, request_id: str, prompt: dict[str, Any], sampling: dict[str, Any]) -> str | None:
         """Hand a prompt to the engine; return why not, where the prompt is the reason."""
+        from jinja2 import TemplateError
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        token_ids = self._encode(prompt)
+        try:
+            token_ids = self._encode(prompt)
+        except TemplateError as error:
+            # some templates know no system messages
+            return f"the chat template refuses it ({error.message})"
         if not token_ids:
             return "the prompt is empty: give the model something to continue"
         if len(token_ids) >= self._max_model_len:

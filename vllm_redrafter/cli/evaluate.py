@@ -39,8 +39,12 @@ def add_parser(commands: Any) -> None:
         default=NODES,
         help="tree sizes (default: 4,8,16,32)",
     )
-    parser.add_argument("--beam-width", metavar="N", type=count, help="beams searched (default: the drafter's own)")
-    parser.add_argument("--draft-length", metavar="N", type=count, help="tokens per beam (default: the drafter's own)")
+    parser.add_argument(
+        "--beam-width", metavar="N", type=options.node_budget, help="beams searched (default: the drafter's own)"
+    )
+    parser.add_argument(
+        "--draft-length", metavar="N", type=options.node_budget, help="tokens per beam (default: the drafter's own)"
+    )
     parser.add_argument(
         "--temperature",
         metavar="X,...",

@@ -39,8 +39,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", metavar="N", type=int, help="the same text again with the same seed")
     parser.add_argument("--batch-size", metavar="N", type=count, default=8, help="prompts at once (default: 8)")
     parser.add_argument("--num-speculative-tokens", metavar="N", type=options.node_budget, help="most nodes, 1..63")
-    parser.add_argument("--beam-width", metavar="N", type=count, help="beams searched; 1 drafts a chain")
-    parser.add_argument("--draft-length", metavar="N", type=count, help="tokens drafted per beam")
+    parser.add_argument("--beam-width", metavar="N", type=options.node_budget, help="beams searched; 1 drafts a chain")
+    parser.add_argument("--draft-length", metavar="N", type=options.node_budget, help="tokens drafted per beam")
     options.add_engine(parser)
     parser.set_defaults(run=run)
 

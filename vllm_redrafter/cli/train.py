@@ -62,7 +62,7 @@ def _add_model(group: Any) -> None:
     _add(group, "tie-head", action="store_true", help="use the target's own head")
     layers = options.list_of(options.count)
     _add(group, "fused-layers", metavar="N,...", type=layers, help="target layers it sees besides the last (from 0)")
-    _add(group, "beam-width", metavar="N", type=count, help="beams searched by default (default: 4)")
+    _add(group, "beam-width", metavar="N", type=options.node_budget, help="beams searched by default (default: 4)")
     _add(group, "num-speculative-tokens", metavar="N", type=options.node_budget, help="tree nodes (default: 8)")
 
 
@@ -76,7 +76,7 @@ def _vocab_size(text: str) -> int | str:
 
 def _add_loss(group: Any) -> None:
     _add(group, "loss", choices=("ce", "kl", "lk"), help="data, target's distribution, accepted mass (default: kl)")
-    _add(group, "num-offsets", metavar="N", type=options.positive_int, help="tokens ahead that are learnt (default: 6)")
+    _add(group, "num-offsets", metavar="N", type=options.node_budget, help="tokens ahead that are learnt (default: 6)")
     _add(group, "decay", metavar="X", type=options.positive_number, help="weight of an offset to the one before (1.0)")
     _add(group, "reach", metavar="P", type=float, help="text less likely than P is followed no deeper (default: 0.05)")
     _add(group, "own-tokens", metavar="P", type=float, help="share of the drafter's own tokens in the state (0.0)")
