@@ -47,31 +47,29 @@ def test_where_chains_were_chosen_nothing_beside_the_best_path_is_left(monkeypat
     assert budgets == [2]
 
 
-@pytest.mark.parametrize(("max_num_reqs", "asked", "measured"), [(8, (1, 4, 1), [4]), (1, (1,), [1]), (8, (), [])])
-def test_where_the_budget_is_fixed_passes_are_measured_once_if_a_drafter_asks(
-    monkeypatch: pytest.MonkeyPatch, max_num_reqs: int, asked: tuple[int, ...], measured: list[int]
+@pytest.mark.parametrize(("budget", "measured"), [("auto", [4 * (1 + 8)]), ("fixed", [])])
+def test_passes_are_measured_where_the_budget_is_automatic(
+    budget: str, measured: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    answers: list[float] = []
+    told: list[float] = []
 
     def measure(runner: TreeModelRunner, most_rows: int, decide: object) -> StepTimes:
         sizes.append(most_rows)
-        rows = np.arange(1.0, most_rows + 1)
-        return StepTimes(rows, 0.5 * rows)
+        return StepTimes(np.array([1.0, 2.0]), np.array([0.5, 1.0]))
 
     monkeypatch.setattr(runner_module.step_times, "measure", measure)
     runner = object.__new__(TreeModelRunner)
-    runner._budget, runner.max_num_reqs, runner._matrices = None, max_num_reqs, TargetMatrices(wanted=False)
+    runner._budget, runner.max_num_reqs, runner._matrices = None, 4, TargetMatrices(wanted=False)
     runner.attn_groups = []
-    runner.drafter = SimpleNamespace(
-        options=SimpleNamespace(budget="fixed"), tune=lambda seconds: answers.extend(map(seconds, asked))
-    )
+    options = SimpleNamespace(budget=budget, num_speculative_tokens=8, draft_length=4)
+    runner.drafter = SimpleNamespace(options=options, tune=lambda seconds: told.append(seconds(2)))
 
     runner.calibrate()
 
     assert sizes == measured
-    assert answers == [0.5 * num_rows for num_rows in asked]
-    assert runner._budget is None
+    assert told == [1.0] * len(measured)
+    assert (runner._budget is not None) == bool(measured)
 
 
 def test_every_request_that_samples_has_a_generator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

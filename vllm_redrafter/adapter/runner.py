@@ -11,7 +11,6 @@ What a step does differently, in the order in which a step does it:
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
@@ -37,10 +36,9 @@ from vllm_redrafter.adapter import attention, attention_pass, foresight, step_ti
 from vllm_redrafter.adapter.attention import TreeAttention, TreeAttentionMetadata
 from vllm_redrafter.adapter.attention_pass import TreePass
 from vllm_redrafter.adapter.attention_rounds import TreeRounds
-from vllm_redrafter.adapter.budget import Budget, StepRecord, StepTimes
+from vllm_redrafter.adapter.budget import Budget, StepRecord
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
-from vllm_redrafter.adapter.searcher import SEVERAL
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.target_matrices import TargetMatrices
 from vllm_redrafter.adapter.tree_batch import DraftTree, TreeBatch
@@ -93,23 +91,17 @@ class TreeModelRunner(CPUModelRunner):
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
-        """Choose how the target multiplies, then how the drafter searches, by what takes the least time here."""
+        """Choose how the target multiplies, and what an automatic budget rests on, by what takes the least time here."""
         self._matrices.tune()
         for group in itertools.chain.from_iterable(self.attn_groups):
             layers = {name: self.compilation_config.static_forward_context[name] for name in group.layer_names}
             self._caches_served |= attention_pass.caches_served(group.get_metadata_builder(0), layers)
         options = self.drafter.options
         if options.budget == "auto":
-            times = self._measured(self.max_num_reqs * (1 + options.num_speculative_tokens))
+            most_rows = self.max_num_reqs * (1 + options.num_speculative_tokens)
+            times = step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
             self._budget = Budget(times, options.num_speculative_tokens, options.draft_length)
             self.drafter.tune(times.of)
-        else:
-            # only a drafter with a choice asks, for one request and for several
-            measured = functools.cache(lambda: self._measured(SEVERAL if self.max_num_reqs > 1 else 1))
-            self.drafter.tune(lambda num_rows: measured().of(num_rows))
-
-    def _measured(self, most_rows: int) -> StepTimes:
-        return step_times.measure(self, most_rows, lambda own: bool(_from_first_rank([int(own)])[0]))
 
     def describe(self) -> dict[str, Any]:
         """Return the statistics, and what the budget has learnt."""
