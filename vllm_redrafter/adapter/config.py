@@ -105,7 +105,7 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         NotImplementedError: the combination is not supported; one sentence says why.
     """
     request = {key.replace("-", "_"): value for key, value in engine_args.speculative_config.items()}
-    _check_vllm()
+    check_vllm()
     _refuse_unknown_keys(request)
     _refuse_unsupported(engine_args, target, parallel)
     schedule = _schedule(request)
@@ -124,6 +124,27 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         "num_speculative_tokens": options.num_speculative_tokens,
         **schedule,
     }
+
+
+def check_vllm() -> None:
+    """Refuse a vLLM that the adapter is not made for.
+
+    Raises:
+        ValueError: its version is outside the range, or a function of it is not what `patches` knows.
+    """
+    version = _vllm_version()
+    first, end = support.VLLM_RANGE if support.uses_v2() else TESTED_VLLM
+    if not first <= version < end:
+        raise ValueError(
+            f"vLLM {version} is outside the range that vllm-redrafter is made for (>={first}, <{end}): "
+            "install a version inside it, or run without speculation"
+        )
+    broken = [check for check in patches.check_contracts() if not check.ok]
+    if broken:
+        raise ValueError(
+            f"this vLLM differs from the one that vllm-redrafter knows ({broken[0].name}: {broken[0].reason}): "
+            "run `vllm-redrafter doctor` for the whole list"
+        )
 
 
 def check_verifier(drafter: str, target: Any, revision: str | None) -> None:
@@ -274,22 +295,6 @@ def _refuse_unknown_keys(request: dict[str, Any]) -> None:
             close = difflib.get_close_matches(key, _KEYS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_KEYS)}"
             raise ValueError(f"speculative_config has an unknown key {key!r} for method 'redrafter': {hint}")
-
-
-def _check_vllm() -> None:
-    version = _vllm_version()
-    first, end = support.VLLM_RANGE if support.uses_v2() else TESTED_VLLM
-    if not first <= version < end:
-        raise ValueError(
-            f"vLLM {version} is outside the range that vllm-redrafter is made for (>={first}, <{end}): "
-            "install a version inside it, or run without speculation"
-        )
-    broken = [check for check in patches.check_contracts() if not check.ok]
-    if broken:
-        raise ValueError(
-            f"this vLLM differs from the one that vllm-redrafter knows ({broken[0].name}: {broken[0].reason}): "
-            "run `vllm-redrafter doctor` for the whole list"
-        )
 
 
 def _vllm_version() -> Version:
