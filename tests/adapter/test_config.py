@@ -120,6 +120,7 @@ def engine_args(request: dict[str, Any], **changes: Any) -> SimpleNamespace:
         "speculative_config": request,
         "additional_config": None,
         "kv_transfer_config": None,
+        "kv_offloading_size": None,
         "compilation_config": CompilationConfig(),
     }
     return SimpleNamespace(**(found | changes))
@@ -367,6 +368,7 @@ def test_a_drafter_with_another_tokenizer_is_refused(copy_of: Callable[..., str]
         ("chunked local attention", {"hf_text_config": SimpleNamespace(attention_chunk_size=8192)}, {}, {}),
         ("cross-layer KV sharing", {"hf_text_config": SimpleNamespace(num_kv_shared_layers=10)}, {}, {}),
         ("KV connectors", {}, {}, {"kv_transfer_config": object()}),
+        ("KV connectors", {}, {}, {"kv_offloading_size": 0.5}),
     ],
 )
 def test_a_combination_that_we_do_not_do_is_refused_with_the_reason(

@@ -326,7 +326,8 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
         "encoder-decoder targets": target.is_encoder_decoder,
         "cross-layer KV sharing": bool(getattr(text_config, "num_kv_shared_layers", 0)),
         "chunked local attention": bool(getattr(text_config, "attention_chunk_size", None)),
-        "KV connectors": engine_args.kv_transfer_config is not None,
+        # an offloading size makes vLLM add a connector later
+        "KV connectors": engine_args.kv_transfer_config is not None or engine_args.kv_offloading_size is not None,
         **(support.found_unsupported(engine_args, target, parallel) if is_v2 else {}),
     }
     for feature, present in found.items():
