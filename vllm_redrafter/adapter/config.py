@@ -322,8 +322,9 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "MLA (DeepSeek-like) targets": target.use_mla,
         "Mamba, linear-attention and hybrid targets": target.is_hybrid or target.is_attention_free,
-        "M-RoPE and multimodal targets": target.uses_mrope or target.is_multimodal_model,
+        # before multimodal ones: those that vLLM has take audio, and are both
         "encoder-decoder targets": target.is_encoder_decoder,
+        "M-RoPE and multimodal targets": target.uses_mrope or target.is_multimodal_model,
         "cross-layer KV sharing": bool(getattr(text_config, "num_kv_shared_layers", 0)),
         "chunked local attention": bool(getattr(text_config, "attention_chunk_size", None)),
         # an offloading size makes vLLM add a connector later
