@@ -115,9 +115,12 @@ def parallel_config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**(found | changes))
 
 
-def engine_args(request: dict[str, Any], **changes: Any) -> SimpleNamespace:
+def engine_args(request: dict[str, Any] | None, **changes: Any) -> SimpleNamespace:
     found = {
         "speculative_config": request,
+        "spec_method": None,
+        "spec_model": None,
+        "spec_tokens": None,
         "additional_config": None,
         "kv_transfer_config": None,
         "kv_offloading_size": None,
@@ -163,6 +166,23 @@ def test_keys_may_be_spelled_with_dashes(drafter: str) -> None:
     assert options == ReDrafterOptions(drafter, 7, 2, 3, "auto")
 
 
+@pytest.mark.parametrize("request_", [None, {}, {"beam-width": 2}])
+def test_vllms_flags_are_as_good_as_keys(drafter: str, request_: dict[str, Any] | None) -> None:
+    by_flag = engine_args(request_, spec_method="redrafter", spec_model=drafter, spec_tokens=7)
+
+    translate(by_flag, target_config(), parallel_config())
+
+    expected = options_for({"model": drafter, "num_speculative_tokens": 7, **(request_ or {})})
+    assert ReDrafterOptions.of(by_flag) == expected
+
+
+def test_a_flag_and_a_key_for_one_thing_are_refused(drafter: str) -> None:
+    request = {"method": "redrafter", "model": drafter, "num-speculative-tokens": 4}
+
+    with pytest.raises(ValueError, match=r"spec_tokens is 8, but .* has 'num_speculative_tokens' too \(4\): leave"):
+        translate(engine_args(request, spec_tokens=8), target_config(), parallel_config())
+
+
 def test_apples_beam_length_counts_the_init_token(drafter: str) -> None:
     assert options_for({"model": drafter, "beam_length": 5}) == options_for({"model": drafter, "draft_length": 4})
 
@@ -182,8 +202,9 @@ def test_vllm_gets_a_config_that_it_knows_and_the_callers_is_left_alone(drafter:
     assert json.loads(json.dumps(arguments.additional_config)) == arguments.additional_config
 
 
+@pytest.mark.parametrize("by_flag", [False, True], ids=["config", "flags"])
 def test_a_real_vllm_config_is_made_of_it_without_an_engine(
-    drafter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drafter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, by_flag: bool
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -199,8 +220,12 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
     ).save_pretrained(tmp_path)
     for patch in patches.PATCHES[:1]:
         monkeypatch.setattr(EngineArgs, patch.name, patch.wrap(getattr(EngineArgs, patch.name)))
-    request = {"method": "redrafter", "model": drafter, "num_speculative_tokens": 6}
-    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, dtype="float32", speculative_config=request)
+    given: dict[str, Any] = {
+        "speculative_config": {"method": "redrafter", "model": drafter, "num_speculative_tokens": 6}
+    }
+    if by_flag:
+        given = {"spec_method": "redrafter", "spec_model": drafter, "spec_tokens": 6}
+    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, dtype="float32", **given)
 
     made = arguments.create_engine_config()
 
@@ -209,7 +234,7 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
     assert patches.is_redrafter(made.speculative_config)
     assert made.parallel_config.worker_cls == config.WORKER_PATH
     assert ReDrafterOptions.of(made) == ReDrafterOptions(drafter, 6, 3, 5, "auto")
-    assert arguments.speculative_config == request
+    assert given.items() <= vars(arguments).items()
     for name in vars(target_config()):
         assert hasattr(made.model_config, name)
     for name in vars(parallel_config()):

@@ -289,6 +289,19 @@ def test_who_asks_for_us_gets_the_original_with_a_config_that_vllm_knows(monkeyp
     assert arguments.speculative_config is requested, "the same arguments may make another engine"
 
 
+def test_who_asks_for_us_by_vllms_flags_gets_the_original_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"speculative_config": None, "spec_method": "redrafter", "spec_model": "a/drafter", "spec_tokens": 8}
+    arguments = SimpleNamespace(**flags)
+    seen = []
+    monkeypatch.setattr(config, "translate", lambda engine_args, *_: seen.append(dict(vars(engine_args))) or "ours")
+
+    wrapped("create_speculative_config", lambda self, *_: seen.append(dict(vars(self))))(arguments, object(), object())
+
+    cleared = {"speculative_config": "ours", "spec_method": None, "spec_model": None, "spec_tokens": None}
+    assert seen == [flags, cleared]
+    assert vars(arguments) == flags, "the same arguments may make another engine"
+
+
 def test_a_refusal_reaches_the_user_before_vllm_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def translate(*args: Any) -> None:
         raise ValueError("one sentence")

@@ -90,13 +90,16 @@ _KEYS = (
     "pack_target",
 )
 
+_FLAGS = {"method": "spec_method", "model": "spec_model", "num_speculative_tokens": "spec_tokens"}
+"""Keys for which vLLM has a flag of its own."""
+
 
 def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
     """Return the speculative config that leads vLLM to us, and arrange for what we need in its workers.
 
     Args:
-        engine_args: vLLM's `EngineArgs`, whose `speculative_config` names the method `redrafter`; our options go into
-            its `additional_config`, which reaches every process.
+        engine_args: vLLM's `EngineArgs`, whose `speculative_config` or `spec_method` names the method `redrafter`; our
+            options go into its `additional_config`, which reaches every process.
         target: the target's `ModelConfig`.
         parallel: its `ParallelConfig`; the worker class, or under V2 an extension of it, is set there.
 
@@ -104,8 +107,8 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         ValueError: the request is wrong; one sentence says what and what to do.
         NotImplementedError: the combination is not supported; one sentence says why.
     """
-    request = {key.replace("-", "_"): value for key, value in engine_args.speculative_config.items()}
     check_vllm()
+    request = _request(engine_args)
     _refuse_unknown_keys(request)
     _refuse_unsupported(engine_args, target, parallel)
     schedule = _schedule(request)
@@ -212,6 +215,22 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     length = _draft_length(request, config)
     pack_target = _pack_target(request)
     return ReDrafterOptions(str(directory), num_nodes, width, length, budget, pack_target, config.fused_layers)
+
+
+def _request(engine_args: Any) -> dict[str, Any]:
+    """Return what was asked for, in the config or by vLLM's flags."""
+    request = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    for key, name in _FLAGS.items():
+        value = getattr(engine_args, name)
+        if value is None:
+            continue
+        if key in request:
+            raise ValueError(
+                f"{name} is {value!r}, but the speculative config has {key!r} too ({request[key]!r}): "
+                f"leave {name} out, and say it in the config alone"
+            )
+        request[key] = value
+    return request
 
 
 def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:

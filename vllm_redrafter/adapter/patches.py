@@ -22,6 +22,9 @@ from vllm_redrafter.adapter.v2 import contracts, support
 PROPOSER_PATH = "vllm_redrafter.adapter.proposer.ReDrafterProposer"
 """The model of our method inside vLLM: V1 loads it as a `custom_class`, V2 builds its own speculator."""
 
+_REQUEST = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+"""What `EngineArgs` hold of a request: vLLM adds the flags to the config."""
+
 
 class Patch(NamedTuple):
     """A function of vLLM that is wrapped."""
@@ -49,19 +52,20 @@ class ContractCheck(NamedTuple):
 def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        requested = getattr(self, "speculative_config", None)
-        if not _asks_for_us(requested):
+        requested = {name: getattr(self, name, None) for name in _REQUEST}
+        if not _asks_for_us(requested["speculative_config"]) and requested["spec_method"] != "redrafter":
             return original(self, *args, **kwargs)
         from vllm_redrafter.adapter.config import translate
 
         target = _argument(args, kwargs, 0, "target_model_config")
         parallel = _argument(args, kwargs, 1, "target_parallel_config")
-        self.speculative_config = translate(self, target, parallel)
+        translated = dict.fromkeys(_REQUEST) | {"speculative_config": translate(self, target, parallel)}
         try:
+            vars(self).update(translated)
             return original(self, *args, **kwargs)
         finally:
             # the same arguments may make another engine
-            self.speculative_config = requested
+            vars(self).update(requested)
 
     return create_speculative_config
 
