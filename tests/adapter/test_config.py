@@ -19,6 +19,7 @@ from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
+from tests.loopback_hub import OLDER, TOKEN, running_hub, talk_to
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.config import UNSUPPORTED, ReDrafterOptions, read_options, translate
 from vllm_redrafter.adapter.patches import PROPOSER_PATH, ContractCheck
@@ -83,6 +84,8 @@ def target_config(**changes: Any) -> SimpleNamespace:
     found = {
         "model": "a/target",
         "tokenizer": None,
+        "tokenizer_revision": None,
+        "hf_token": None,
         "get_hidden_size": lambda: HIDDEN,
         "get_vocab_size": lambda: VOCAB,
         "get_total_num_hidden_layers": lambda: 4,
@@ -374,6 +377,20 @@ def test_a_drafter_with_another_tokenizer_is_refused(copy_of: Callable[..., str]
     assert options_for({"model": directory}, tokenizer=str(same)).model == directory
     with pytest.raises(ValueError, match="tokenizer is not the target's: 2 tokens"):
         options_for({"model": directory}, tokenizer=str(other))
+
+
+def test_the_tokenizer_is_compared_at_the_targets_revision_and_with_its_token(
+    copy_of: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of()
+    ours, theirs = ({"model": {"vocab": vocabulary}} for vocabulary in ({"a": 0, "b": 1}, {"a": 1, "b": 0}))
+    (Path(directory) / "tokenizer.json").write_text(json.dumps(ours))
+    with running_hub() as (endpoint, state):
+        talk_to(endpoint, tmp_path, monkeypatch)
+        state.commits[OLDER] = {"tokenizer.json": json.dumps(theirs).encode()}
+
+        with pytest.raises(ValueError, match="tokenizer is not the target's: 2 tokens"):
+            options_for({"model": directory}, tokenizer="org/gated", tokenizer_revision="v1", hf_token=TOKEN)
 
 
 # what is refused: combinations

@@ -201,8 +201,8 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     )
     if config.fused_layers:
         _check_hands_out_layers(target, config.fused_layers)
-    if target.tokenizer and Path(target.tokenizer).is_dir():
-        checkpoint.check_tokenizer(directory, Path(target.tokenizer))
+    if target.tokenizer:
+        checkpoint.check_tokenizer(directory, target.tokenizer, target.tokenizer_revision, target.hf_token)
 
     num_nodes = request.get("num_speculative_tokens", config.num_speculative_tokens)
     check_num_nodes(num_nodes)
