@@ -19,6 +19,7 @@ from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
+from tests.loopback_hub import OLDER, TOKEN, running_hub, talk_to
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.config import UNSUPPORTED, ReDrafterOptions, read_options, translate
 from vllm_redrafter.adapter.patches import PROPOSER_PATH, ContractCheck
@@ -83,6 +84,8 @@ def target_config(**changes: Any) -> SimpleNamespace:
     found = {
         "model": "a/target",
         "tokenizer": None,
+        "tokenizer_revision": None,
+        "hf_token": None,
         "get_hidden_size": lambda: HIDDEN,
         "get_vocab_size": lambda: VOCAB,
         "get_total_num_hidden_layers": lambda: 4,
@@ -115,11 +118,15 @@ def parallel_config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**(found | changes))
 
 
-def engine_args(request: dict[str, Any], **changes: Any) -> SimpleNamespace:
+def engine_args(request: dict[str, Any] | None, **changes: Any) -> SimpleNamespace:
     found = {
         "speculative_config": request,
+        "spec_method": None,
+        "spec_model": None,
+        "spec_tokens": None,
         "additional_config": None,
         "kv_transfer_config": None,
+        "kv_offloading_size": None,
         "compilation_config": CompilationConfig(),
     }
     return SimpleNamespace(**(found | changes))
@@ -162,6 +169,23 @@ def test_keys_may_be_spelled_with_dashes(drafter: str) -> None:
     assert options == ReDrafterOptions(drafter, 7, 2, 3, "auto")
 
 
+@pytest.mark.parametrize("request_", [None, {}, {"beam-width": 2}])
+def test_vllms_flags_are_as_good_as_keys(drafter: str, request_: dict[str, Any] | None) -> None:
+    by_flag = engine_args(request_, spec_method="redrafter", spec_model=drafter, spec_tokens=7)
+
+    translate(by_flag, target_config(), parallel_config())
+
+    expected = options_for({"model": drafter, "num_speculative_tokens": 7, **(request_ or {})})
+    assert ReDrafterOptions.of(by_flag) == expected
+
+
+def test_a_flag_and_a_key_for_one_thing_are_refused(drafter: str) -> None:
+    request = {"method": "redrafter", "model": drafter, "num-speculative-tokens": 4}
+
+    with pytest.raises(ValueError, match=r"spec_tokens is 8, but .* has 'num_speculative_tokens' too \(4\): leave"):
+        translate(engine_args(request, spec_tokens=8), target_config(), parallel_config())
+
+
 def test_apples_beam_length_counts_the_init_token(drafter: str) -> None:
     assert options_for({"model": drafter, "beam_length": 5}) == options_for({"model": drafter, "draft_length": 4})
 
@@ -181,8 +205,9 @@ def test_vllm_gets_a_config_that_it_knows_and_the_callers_is_left_alone(drafter:
     assert json.loads(json.dumps(arguments.additional_config)) == arguments.additional_config
 
 
+@pytest.mark.parametrize("by_flag", [False, True], ids=["config", "flags"])
 def test_a_real_vllm_config_is_made_of_it_without_an_engine(
-    drafter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drafter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, by_flag: bool
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -198,8 +223,12 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
     ).save_pretrained(tmp_path)
     for patch in patches.PATCHES[:1]:
         monkeypatch.setattr(EngineArgs, patch.name, patch.wrap(getattr(EngineArgs, patch.name)))
-    request = {"method": "redrafter", "model": drafter, "num_speculative_tokens": 6}
-    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, dtype="float32", speculative_config=request)
+    given: dict[str, Any] = {
+        "speculative_config": {"method": "redrafter", "model": drafter, "num_speculative_tokens": 6}
+    }
+    if by_flag:
+        given = {"spec_method": "redrafter", "spec_model": drafter, "spec_tokens": 6}
+    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, dtype="float32", **given)
 
     made = arguments.create_engine_config()
 
@@ -208,7 +237,7 @@ def test_a_real_vllm_config_is_made_of_it_without_an_engine(
     assert patches.is_redrafter(made.speculative_config)
     assert made.parallel_config.worker_cls == config.WORKER_PATH
     assert ReDrafterOptions.of(made) == ReDrafterOptions(drafter, 6, 3, 5, "auto")
-    assert arguments.speculative_config == request
+    assert given.items() <= vars(arguments).items()
     for name in vars(target_config()):
         assert hasattr(made.model_config, name)
     for name in vars(parallel_config()):
@@ -357,6 +386,20 @@ def test_a_drafter_with_another_tokenizer_is_refused(copy_of: Callable[..., str]
         options_for({"model": directory}, tokenizer=str(other))
 
 
+def test_the_tokenizer_is_compared_at_the_targets_revision_and_with_its_token(
+    copy_of: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of()
+    ours, theirs = ({"model": {"vocab": vocabulary}} for vocabulary in ({"a": 0, "b": 1}, {"a": 1, "b": 0}))
+    (Path(directory) / "tokenizer.json").write_text(json.dumps(ours))
+    with running_hub() as (endpoint, state):
+        talk_to(endpoint, tmp_path, monkeypatch)
+        state.commits[OLDER] = {"tokenizer.json": json.dumps(theirs).encode()}
+
+        with pytest.raises(ValueError, match="tokenizer is not the target's: 2 tokens"):
+            options_for({"model": directory}, tokenizer="org/gated", tokenizer_revision="v1", hf_token=TOKEN)
+
+
 # what is refused: combinations
 
 
@@ -374,6 +417,7 @@ def test_a_drafter_with_another_tokenizer_is_refused(copy_of: Callable[..., str]
         ("chunked local attention", {"hf_text_config": SimpleNamespace(attention_chunk_size=8192)}, {}, {}),
         ("cross-layer KV sharing", {"hf_text_config": SimpleNamespace(num_kv_shared_layers=10)}, {}, {}),
         ("KV connectors", {}, {}, {"kv_transfer_config": object()}),
+        ("KV connectors", {}, {}, {"kv_offloading_size": 0.5}),
     ],
 )
 def test_a_combination_that_we_do_not_do_is_refused_with_the_reason(

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.patches import (
@@ -228,6 +229,41 @@ def test_who_does_not_ask_for_us_gets_the_original_with_the_same_arguments_and_r
     assert (arguments.speculative_config or {}) == before
 
 
+@pytest.mark.parametrize("name", [patch.name for patch in PATCHES])
+@pytest.mark.parametrize(
+    ("args", "keywords", "result"),
+    [
+        (tuple("abcdefgh"), {}, object()),
+        (("a",), {"of_tomorrow": "b"}, None),
+        (("a", "b", "c"), {}, ("target", "tokenizer", None, "of tomorrow")),
+        (("a", "b", "c"), {}, ("target", "tokenizer")),
+    ],
+    ids=["more arguments", "an unknown keyword", "a longer result", "a shorter result"],
+)
+def test_functions_that_differ_in_another_vllm_are_called_as_vllm_calls_them(
+    name: str, args: tuple[str, ...], keywords: dict[str, str], result: Any
+) -> None:
+    calls = []
+
+    def original(*args: Any, **keywords: Any) -> Any:
+        calls.append((args, keywords))
+        return result
+
+    assert wrapped(name, original)(*args, **keywords) is result
+    assert calls == [(args, keywords)]
+
+
+def test_who_asks_for_us_on_another_vllm_is_told_which_ones_we_are_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def original(self: Any, target_model_config: Any, enable_chunked_prefill: bool, disable_log_stats: bool) -> None:
+        pytest.fail("called")
+
+    monkeypatch.setattr(config, "_vllm_version", lambda: Version("0.10.0"))
+    arguments = SimpleNamespace(speculative_config={"method": "redrafter"})
+
+    with pytest.raises(ValueError, match=r"^vLLM 0\.10\.0 is outside the range that vllm-redrafter is made for"):
+        wrapped("create_speculative_config", original)(arguments, object(), True, disable_log_stats=False)
+
+
 def test_who_asks_for_us_gets_the_original_with_a_config_that_vllm_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     requested, translated = {"method": "redrafter"}, {"method": "custom_class"}
     arguments = SimpleNamespace(speculative_config=requested)
@@ -237,8 +273,8 @@ def test_who_asks_for_us_gets_the_original_with_a_config_that_vllm_knows(monkeyp
         seen.append(args)
         return translated
 
-    def original(*args: Any) -> str:
-        seen.append(args)
+    def original(self: Any, target_model_config: Any, target_parallel_config: Any) -> str:
+        seen.append((self, target_model_config, target_parallel_config))
         assert arguments.speculative_config is translated
         return "result"
 
@@ -251,6 +287,19 @@ def test_who_asks_for_us_gets_the_original_with_a_config_that_vllm_knows(monkeyp
     assert result == "result"
     assert seen == [(arguments, target, parallel)] * 2
     assert arguments.speculative_config is requested, "the same arguments may make another engine"
+
+
+def test_who_asks_for_us_by_vllms_flags_gets_the_original_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"speculative_config": None, "spec_method": "redrafter", "spec_model": "a/drafter", "spec_tokens": 8}
+    arguments = SimpleNamespace(**flags)
+    seen = []
+    monkeypatch.setattr(config, "translate", lambda engine_args, *_: seen.append(dict(vars(engine_args))) or "ours")
+
+    wrapped("create_speculative_config", lambda self, *_: seen.append(dict(vars(self))))(arguments, object(), object())
+
+    cleared = {"speculative_config": "ours", "spec_method": None, "spec_model": None, "spec_tokens": None}
+    assert seen == [flags, cleared]
+    assert vars(arguments) == flags, "the same arguments may make another engine"
 
 
 def test_a_refusal_reaches_the_user_before_vllm_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +345,11 @@ def test_a_drafter_of_ours_given_as_the_model_has_its_target_checked(monkeypatch
     monkeypatch.setattr(config, "check_verifier", lambda *args: seen.append(args))
     result = ("org/target", "org/target", {"method": "redrafter", "model": "some/drafter"})
 
-    resolve = wrapped("maybe_override_with_speculators", lambda model, **keywords: result)
+    resolve = wrapped("maybe_override_with_speculators", lambda *args, **keywords: result)
 
     assert resolve(model="some/drafter", tokenizer=None, revision="v2") is result
-    assert seen == [("some/drafter", "org/target", "v2")]
+    assert resolve("some/drafter", None, False, "v2") is result
+    assert seen == [("some/drafter", "org/target", "v2")] * 2
 
 
 def test_vllm_finds_target_and_method_in_a_drafter_that_was_saved(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,38 @@ def test_registering_does_not_raise_where_vllm_is_missing_or_hollow() -> None:
         code = "from vllm_redrafter.adapter.plugin import register; register(); register(); print('alive')"
 
         assert run_python(prepare + code).strip() == "alive"
+
+
+def test_registering_does_not_raise_whatever_a_module_of_vllm_raises(tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    for patch in patches.PATCHES:
+        module = tmp_path.joinpath(*patch.module.split(".")).with_suffix(".py")
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.write_text("import builtins; builtins.imported += 1; raise builtins.broken")
+    code = (
+        f"import builtins, sys; sys.path.insert(0, {str(tmp_path)!r}); builtins.imported = 0\n"
+        "from vllm_redrafter.adapter.plugin import register\n"
+        "for builtins.broken in (RuntimeError, AttributeError, OSError, ValueError, KeyError, AssertionError):\n"
+        "    register()\n"
+        "print(builtins.imported)"
+    )
+
+    assert int(run_python(code)) == 6 * len(patches.PATCHES)
+
+
+def test_a_vllm_that_has_renamed_what_we_hook_into_is_refused_by_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    monkeypatch.delattr(EngineArgs, "create_speculative_config")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    arguments = EngineArgs(str(tmp_path), speculative_config={"method": "redrafter", "model": "a/drafter"})
+
+    with pytest.raises(ValueError, match=r"EngineArgs\.create_speculative_config: not there.*vllm-redrafter doctor"):
+        arguments.create_engine_config()
 
 
 def test_registering_again_changes_nothing() -> None:

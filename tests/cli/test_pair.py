@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests.cli.conftest import SIZES, FakePair
+from tests.loopback_hub import MAIN, running_hub, talk_to
 from vllm_redrafter.cli.errors import CommandError
 from vllm_redrafter.cli.main import main
 from vllm_redrafter.cli.pair import check_pair
@@ -58,6 +59,19 @@ def test_a_drafter_with_another_tokenizer_is_refused(fake_pair: FakePair) -> Non
 
     with pytest.raises(CommandError, match="the drafter's tokenizer is not the target's: 2 tokens"):
         check_pair(target, drafter)
+
+
+def test_the_tokenizer_of_a_target_on_the_hub_is_compared_too(
+    fake_pair: FakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, drafter = fake_pair()
+    Tokenizer(WordLevel({"one": 1, "two": 0}, unk_token="one")).save(f"{drafter}/tokenizer.json")
+    with running_hub() as (endpoint, state):
+        talk_to(endpoint, tmp_path, monkeypatch)
+        state.commits[MAIN] = {"tokenizer.json": b'{"model": {"vocab": {"one": 0, "two": 1}}}'}
+
+        with pytest.raises(CommandError, match="the drafter's tokenizer is not the target's: 2 tokens"):
+            check_pair("org/target", drafter)
 
 
 def test_a_target_that_transformers_does_not_take_is_left_to_the_engine(fake_pair: FakePair) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
+from tests.loopback_hub import MAIN, OLDER, TOKEN, Hub, running_hub, talk_to
 from vllm_redrafter.core import checkpoint
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -477,6 +479,11 @@ def two_directories(tmp_path: Path) -> tuple[Path, Path]:
     return directories
 
 
+def check_tokenizer(directories: tuple[Path, Path]) -> None:
+    drafter, target = directories
+    checkpoint.check_tokenizer(drafter, str(target))
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [(BPE, BPE), (BPE, UNIGRAM), (None, BPE), (BPE, None), (None, None)])
 def test_the_same_tokens_or_no_tokenizer_at_all_pass(
     two_directories: tuple[Path, Path], ours: dict[str, Any] | None, theirs: dict[str, Any] | None
@@ -484,7 +491,7 @@ def test_the_same_tokens_or_no_tokenizer_at_all_pass(
     for directory, content in zip(two_directories, (ours, theirs), strict=True):
         if content is not None:
             (directory / "tokenizer.json").write_text(json.dumps(content))
-    checkpoint.check_tokenizer(*two_directories)
+    check_tokenizer(two_directories)
 
 
 @pytest.mark.parametrize(
@@ -500,7 +507,7 @@ def test_another_tokenizer_is_refused_with_a_token(
     for directory, content in zip(two_directories, (BPE, theirs), strict=True):
         (directory / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"the drafter's tokenizer is not the target's: {example}"):
-        checkpoint.check_tokenizer(*two_directories)
+        check_tokenizer(two_directories)
 
 
 @pytest.mark.parametrize("content", [{}, {"model": []}, {"model": {"vocab": 3}}, BPE | {"added_tokens": [1]}])
@@ -508,4 +515,40 @@ def test_a_tokenizer_without_tokens_is_refused(two_directories: tuple[Path, Path
     for directory in two_directories:
         (directory / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tokenizer.json' does not list a tokenizer's tokens: export it again"):
-        checkpoint.check_tokenizer(*two_directories)
+        check_tokenizer(two_directories)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A Hub that this process talks to; its repositories have a tokenizer, and at v1 another one."""
+    with running_hub() as (endpoint, state):
+        talk_to(endpoint, tmp_path, monkeypatch)
+        for commit, vocabulary in ((MAIN, {"a": 0, "b": 1}), (OLDER, {"a": 1, "b": 0})):
+            content = json.dumps(BPE | {"model": {"vocab": vocabulary}}).encode()
+            state.commits[commit] = state.commits[commit] | {"tokenizer.json": content}
+        yield state
+
+
+def test_the_tokenizer_of_a_target_on_the_hub_is_compared_too(tmp_path: Path, hub: type[Hub]) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(BPE))
+
+    checkpoint.check_tokenizer(tmp_path, "org/target")
+    checkpoint.check_tokenizer(tmp_path, "org/gated", token=TOKEN)
+    for target, token in (("org/target", None), ("org/gated", TOKEN)):
+        with pytest.raises(ValueError, match=r"the drafter's tokenizer is not the target's: 2 tokens"):
+            checkpoint.check_tokenizer(tmp_path, target, "v1", token)
+
+
+@pytest.mark.parametrize(
+    "target", ["org/gated", "org/missing", "org/forbidden", "org/broken", "s3://org/target", "./x"]
+)
+def test_a_tokenizer_that_cannot_be_read_is_not_compared(tmp_path: Path, hub: type[Hub], target: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(BPE))
+
+    checkpoint.check_tokenizer(tmp_path, target, "v1")
+
+
+def test_nothing_is_fetched_where_the_drafter_has_no_tokenizer(tmp_path: Path, hub: type[Hub]) -> None:
+    checkpoint.check_tokenizer(tmp_path, "org/target", "v1")
+
+    assert hub.requests == []

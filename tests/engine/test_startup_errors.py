@@ -38,6 +38,12 @@ for keywords in json.load(sys.stdin):
 print(json.dumps(reports))
 """
 
+# vLLM looks at a class that is new to it in a process of its own, which imports vLLM again for each
+INSPECT_HERE = """
+from vllm.model_executor.models import registry
+registry._run_in_subprocess = lambda inspect: inspect()
+"""
+
 DESCRIBE = """
 import json, re, sys
 from vllm.engine.arg_utils import EngineArgs
@@ -48,6 +54,45 @@ for keywords in json.load(sys.stdin):
     reports.append([re.sub(r" at 0x[0-9a-f]+", "", text), config.compute_hash()])
 print(json.dumps([reports, "vllm_redrafter.adapter.patches" in sys.modules]))
 """
+
+
+M_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+REFUSED_TARGETS: list[tuple[str, str, str, dict[str, Any]]] = [
+    (
+        "MLA (DeepSeek-like) targets",
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    ),
+    ("Mamba, linear-attention and hybrid targets", "Mamba2ForCausalLM", "mamba2", {"num_heads": 4, "state_size": 16}),
+    ("Mamba, linear-attention and hybrid targets", "JambaForCausalLM", "jamba", {}),
+    (
+        "M-RoPE and multimodal targets",
+        "PaddleOCRVLForConditionalGeneration",
+        "paddleocr_vl",
+        {"text_config": {**tiny_models.LLAMA, "model_type": "paddleocr_vl_text", "rope_parameters": M_ROPE}},
+    ),
+    (
+        "M-RoPE and multimodal targets",
+        "PaliGemmaForConditionalGeneration",
+        "paligemma",
+        {"text_config": {**tiny_models.LLAMA, "model_type": "gemma"}},
+    ),
+    (
+        "encoder-decoder targets",
+        "WhisperForConditionalGeneration",
+        "whisper",
+        {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "max_target_positions": 512},
+    ),
+    (
+        "cross-layer KV sharing",
+        "Gemma3nForCausalLM",
+        "gemma3n_text",
+        {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2},
+    ),
+    ("chunked local attention", "Llama4ForCausalLM", "llama4_text", {"attention_chunk_size": 64}),
+]
+"""What is not supported, an architecture that has it, and what its config.json holds besides a Llama's sizes."""
 
 
 def run_python(program: str, argument: object, **environment: str) -> Any:
@@ -110,6 +155,28 @@ def test_wrong_requests_are_refused_in_one_sentence_before_any_process_starts(ta
         assert all(part in message for part in parts), message
         assert "\n" not in message
         assert seconds < MOST_SECONDS
+
+
+def test_what_is_not_supported_is_found_in_the_configs_of_real_architectures_and_in_real_options(
+    target: str, tmp_path: Path
+) -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("decode context parallelism", {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}),
+        ("KV connectors", {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}}),
+        ("KV connectors", {"kv_offloading_size": 0.5}),
+    ]
+    for feature, architecture, model_type, fields in REFUSED_TARGETS:
+        content = {**tiny_models.LLAMA, "architectures": [architecture], "model_type": model_type, **fields}
+        (tmp_path / architecture).mkdir()
+        (tmp_path / architecture / "config.json").write_text(json.dumps(content))
+        cases.append((feature, {"model": str(tmp_path / architecture)}))
+    request = {"speculative_config": {"method": "redrafter", "model": "a/drafter"}}
+
+    reports = run_python(INSPECT_HERE + REFUSE, [{**OPTIONS, "model": target, **request, **more} for _, more in cases])
+
+    for (feature, more), (name, message, _) in zip(cases, reports, strict=True):
+        assert name == "NotImplementedError", f"{more}: {message}"
+        assert message.startswith(f"redrafter does not support {feature}, because "), f"{more}: {message}"
 
 
 def test_who_does_not_ask_for_the_drafter_gets_the_config_of_a_vllm_without_the_plugin(target: str) -> None:

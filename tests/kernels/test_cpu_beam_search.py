@@ -194,7 +194,7 @@ def test_noise_is_exact_where_it_is_large() -> None:
 
     noise = SHARPNESS * gumbel(draws.seeds[:, 0], torch.arange(VOCAB)).double()
     best = noise.log_softmax(dim=-1).topk(8)
-    assert noise.max() > SHARPNESS * 9
+    assert noise.max() > SHARPNESS * 8
     torch.testing.assert_close(found.log_probs[:, :8].double(), best.values, rtol=0, atol=1e-5)
     assert torch.equal(found.token_ids[:, :8], best.indices)
 

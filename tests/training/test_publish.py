@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from tests.loopback_hub import MAIN, READ_ONLY_TOKEN, TOKEN, Hub, running_hub
+from tests.loopback_hub import MAIN, READ_ONLY_TOKEN, TOKEN, Hub, running_hub, talk_to
 from vllm_redrafter.core import checkpoint
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -30,20 +29,9 @@ def drafter(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A Hub on loopback that the client of this process talks to, as a user whose token may write."""
-    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with running_hub() as (endpoint, state):
-        # the client has read these from the environment when it was imported
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        talk_to(endpoint, tmp_path, monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield state
 
 

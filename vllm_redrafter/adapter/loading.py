@@ -61,8 +61,9 @@ def _folded(drafter: ReDrafter, embed: Embed, dtype: torch.dtype, device: torch.
 def _table_of(embedding: nn.Module) -> torch.Tensor | None:
     """Return the weight of an embedding that is whole on this rank, and not quantised."""
     weight = embedding.weight
-    is_table = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point()
-    return weight.detach() if is_table and get_tensor_model_parallel_world_size() == 1 else None
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight.detach() if get_tensor_model_parallel_world_size() == 1 else None
 
 
 def _find_module(target: nn.Module, kind: type[nn.Module], exclude: type[nn.Module]) -> nn.Module:

@@ -14,13 +14,16 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from vllm_redrafter.adapter.contract import Contract
 from vllm_redrafter.adapter.v2 import contracts, support
 
 PROPOSER_PATH = "vllm_redrafter.adapter.proposer.ReDrafterProposer"
 """The model of our method inside vLLM: V1 loads it as a `custom_class`, V2 builds its own speculator."""
+
+_REQUEST = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+"""What `EngineArgs` hold of a request: vLLM adds the flags to the config."""
 
 
 class Patch(NamedTuple):
@@ -42,34 +45,45 @@ class ContractCheck(NamedTuple):
     reason: str
 
 
+# A wrapper takes whatever it is called with and hands it on untouched: another vLLM's functions may differ, and who has
+# not asked for us must not notice. What it reads for us stands where `CONTRACTS` say, or the start is refused.
+
+
 def _wrap_create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        requested = self.speculative_config
-        if not isinstance(requested, dict) or requested.get("method") != "redrafter":
-            return original(self, target_model_config, target_parallel_config)
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        requested = {name: getattr(self, name, None) for name in _REQUEST}
+        if not _asks_for_us(requested["speculative_config"]) and requested["spec_method"] != "redrafter":
+            return original(self, *args, **kwargs)
         from vllm_redrafter.adapter.config import translate
 
-        self.speculative_config = translate(self, target_model_config, target_parallel_config)
+        target = _argument(args, kwargs, 0, "target_model_config")
+        parallel = _argument(args, kwargs, 1, "target_parallel_config")
+        translated = dict.fromkeys(_REQUEST) | {"speculative_config": translate(self, target, parallel)}
         try:
-            return original(self, target_model_config, target_parallel_config)
+            vars(self).update(translated)
+            return original(self, *args, **kwargs)
         finally:
             # the same arguments may make another engine
-            self.speculative_config = requested
+            vars(self).update(requested)
 
     return create_speculative_config
 
 
 def _wrap_maybe_override_with_speculators(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def maybe_override_with_speculators(model: str, *args: Any, **kwargs: Any) -> Any:
-        resolved = original(model, *args, **kwargs)
-        target, _, request = resolved
-        # vLLM puts the model itself in here where it has found a drafter in its place
-        if isinstance(request, dict) and request.get("method") == "redrafter" and request.get("model") == model:
-            from vllm_redrafter.adapter.config import check_verifier
+    def maybe_override_with_speculators(*args: Any, **kwargs: Any) -> Any:
+        resolved = original(*args, **kwargs)
+        request = resolved[2] if isinstance(resolved, tuple) and len(resolved) > 2 else None
+        if _asks_for_us(request):
+            from vllm_redrafter.adapter.config import check_verifier, check_vllm
 
-            check_verifier(model, target, kwargs.get("revision"))
+            # here too: a vLLM that has renamed the function above would answer with a list of its own methods
+            check_vllm()
+            # vLLM puts the model itself in here where it has found a drafter in its place
+            model = _argument(args, kwargs, 0, "model")
+            if request.get("model") == model:
+                check_verifier(model, resolved[0], _argument(args, kwargs, 3, "revision"))
         return resolved
 
     return maybe_override_with_speculators
@@ -77,25 +91,35 @@ def _wrap_maybe_override_with_speculators(original: Callable[..., Any]) -> Calla
 
 def _wrap_validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def validate_spec_decode(self: Any, speculative_config: Any) -> Any:
+    def validate_spec_decode(self: Any, *args: Any, **kwargs: Any) -> Any:
         # our acceptance draws from the target's own sampler, so min_p and logit_bias mean what they always mean
-        if is_redrafter(speculative_config):
+        if is_redrafter(_argument(args, kwargs, 0, "speculative_config")):
             return None
-        return original(self, speculative_config)
+        return original(self, *args, **kwargs)
 
     return validate_spec_decode
 
 
 def _wrap_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def init_speculator(vllm_config: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_redrafter(vllm_config.speculative_config):
-            return original(vllm_config, device, *args, **kwargs)
+    def init_speculator(*args: Any, **kwargs: Any) -> Any:
+        vllm_config = _argument(args, kwargs, 0, "vllm_config")
+        if not is_redrafter(getattr(vllm_config, "speculative_config", None)):
+            return original(*args, **kwargs)
         from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 
-        return TreeSpeculator(vllm_config, device)
+        return TreeSpeculator(vllm_config, _argument(args, kwargs, 1, "device"))
 
     return init_speculator
+
+
+def _asks_for_us(request: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(request, dict) and request.get("method") == "redrafter"
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """Return one argument of a call, `self` not counted, or None where the call has none there."""
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 PATCHES = (
@@ -152,6 +176,7 @@ CONTRACTS = (
     Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
     Contract(_RUNNER, "GPUModelRunner._get_eagle3_aux_layers_from_config", ()),
     Contract(_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
+    Contract(_RUNNER, "GPUModelRunner._update_states", ("scheduler_output",)),
     Contract(_RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")),
     Contract(_RUNNER, "GPUModelRunner._calc_spec_decode_metadata", ("num_draft_tokens", "cu_num_scheduled_tokens")),
     Contract(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
@@ -224,7 +249,7 @@ V2_CONTRACTS = (*CONTRACTS[:3], *contracts.CONTRACTS)
 
 def is_redrafter(speculative_config: Any) -> bool:
     """Return whether a `SpeculativeConfig` of vLLM is one of ours."""
-    return speculative_config is not None and speculative_config.model == PROPOSER_PATH
+    return getattr(speculative_config, "model", None) == PROPOSER_PATH
 
 
 def install() -> None:
@@ -283,7 +308,7 @@ def _check_import(module: str) -> ContractCheck:
 def _find(module: str, qualified_name: str) -> Any:
     try:
         found: Any = importlib.import_module(module)
-    except ImportError:
+    except Exception:  # noqa: BLE001 - a start that does not need the module goes on, one that does meets the error itself
         return None
     for part in filter(None, qualified_name.split(".")):
         found = getattr(found, part, None)

@@ -91,7 +91,7 @@ class TreeModelRunner(CPUModelRunner):
         attention.check(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
 
     def calibrate(self) -> None:
-        """Choose how the target multiplies, and what an automatic budget rests on, by what takes the least time here."""
+        """Choose how the target multiplies, and find out what an automatic budget needs to know of this machine."""
         self._matrices.tune()
         for group in itertools.chain.from_iterable(self.attn_groups):
             layers = {name: self.compilation_config.static_forward_context[name] for name in group.layer_names}

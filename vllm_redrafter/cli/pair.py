@@ -9,7 +9,7 @@ from vllm_redrafter.cli.errors import CommandError
 
 
 def check_pair(target: str, drafter: str) -> None:
-    """Refuse what is no pair; of a target on the Hub only the engine knows what fits it.
+    """Refuse what is no pair; the sizes of a target on the Hub are left to the engine.
 
     Raises:
         CommandError: one of them is no model, or the drafter is missing, broken, or of another target.
@@ -26,7 +26,7 @@ def check_pair(target: str, drafter: str) -> None:
             sizes = _sizes(target)
             if sizes is not None:
                 checkpoint.check_against_target(config, **sizes, target=target)
-            checkpoint.check_tokenizer(directory, Path(target))
+        checkpoint.check_tokenizer(directory, target)
     except ValueError as error:
         raise CommandError(f"--drafter: {error}") from None
 

@@ -140,22 +140,28 @@ def check_against_target(
         )
 
 
-def check_tokenizer(drafter_directory: Path, target_directory: Path) -> None:
+def check_tokenizer(
+    drafter_directory: Path, target: str, revision: str | None = None, token: bool | str | None = None
+) -> None:
     """Refuse a drafter that carries another tokenizer than the target; does nothing where either carries none.
 
+    Args:
+        target: a directory or a Hub id, which has a `revision` and may need a `token`.
+
     Raises:
-        ValueError: the two `tokenizer.json` give different ids, or one of them cannot be read.
+        ValueError: the two `tokenizer.json` give different ids, or one of them is no list of tokens.
     """
-    paths = [directory / "tokenizer.json" for directory in (drafter_directory, target_directory)]
-    if not all(path.is_file() for path in paths):
+    our_file = hub.find_tokenizer(str(drafter_directory))
+    their_file = hub.find_tokenizer(target, revision, token) if our_file else None
+    if our_file is None or their_file is None:
         return
-    ours, theirs = (_token_ids(path) for path in paths)
-    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    ours, theirs = _token_ids(our_file), _token_ids(their_file)
+    different = sorted(each for each in ours.keys() | theirs.keys() if ours.get(each) != theirs.get(each))
     if different:
-        token = different[0]
+        example = different[0]
         raise ValueError(
-            f"the drafter's tokenizer is not the target's: {len(different)} tokens have one id in {str(paths[0])!r} "
-            f"and another in {str(paths[1])!r} ({token!r}: {ours.get(token)} and {theirs.get(token)}); "
+            f"the drafter's tokenizer is not the target's: {len(different)} tokens have one id in {str(our_file)!r} "
+            f"and another in {str(their_file)!r} ({example!r}: {ours.get(example)} and {theirs.get(example)}); "
             "pass a drafter that was trained for this target"
         )
 

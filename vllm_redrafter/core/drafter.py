@@ -167,8 +167,9 @@ class ReDrafter(nn.Module):
             RuntimeError: the head is tied and `tie_head` has not been called.
         """
         if not self.config.tie_lm_head:
-            weight: torch.Tensor = self.lm_head[-1].weight
-            return weight
+            head = self.lm_head[-1]
+            assert isinstance(head, nn.Linear)
+            return head.weight
         if self._tied_head is None:
             raise RuntimeError("the drafter's head is tied to the target's: call tie_head() first")
         return self._tied_head

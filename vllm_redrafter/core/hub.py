@@ -1,4 +1,4 @@
-"""Where a drafter's files are: a directory, or a repository of the Hugging Face Hub that is fetched into its cache."""
+"""Where files are: in a directory, or in a repository of the Hugging Face Hub that is fetched into its cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
@@ -21,7 +21,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+_TOKENIZER_FILE = "tokenizer.json"
+_FILES = ["config.json", _TOKENIZER_FILE, "*.safetensors", "*.safetensors.index.json"]
 _ACCESS_DENIED = (401, 403)
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _CHUNK_BYTES = 1 << 20
@@ -69,6 +70,20 @@ def resolve(model: str, revision: str | None = None) -> Path:
         _check_digests(model, directory)
         return directory
     raise ValueError(reason)
+
+
+def find_tokenizer(model: str, revision: str | None = None, token: bool | str | None = None) -> Path | None:
+    """Return the `tokenizer.json` of a directory or a Hub id, or None where it has none that can be read.
+
+    Why a repository cannot be read is left to those who load the model.
+    """
+    if Path(model).is_dir():
+        path = Path(model) / _TOKENIZER_FILE
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(model, _TOKENIZER_FILE, revision=revision, token=token))
+    except (HFValidationError, HTTPError, OSError):
+        return None
 
 
 def is_hub_id(name: str) -> bool:
