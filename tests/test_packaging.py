@@ -8,6 +8,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_the_wheel_holds_every_package_of_the_repository() -> None:
 
     assert packages == set(PACKAGES)
     assert set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == packages
+
+
+def test_the_wheel_holds_every_file_of_the_packages(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.*")}
+    assert held == {name for name in files if "__pycache__" not in name}
+    assert {"vllm_redrafter/kernels/vectors.h", "vllm_redrafter/kernels/few_rows.cpp", "mlx_port/py.typed"} <= held
 
 
 @pytest.mark.parametrize("package", PACKAGES)

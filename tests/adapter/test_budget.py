@@ -425,6 +425,19 @@ def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
     assert budget.should_draft(1)
 
 
+@pytest.mark.parametrize(("num_steps", "expected"), [(3, 2.0), (4, 2.0 / 1.25), (20, 2.0 / 1.25)])
+def test_passes_that_take_longer_than_foretold_make_promises_smaller(num_steps: int, expected: float) -> None:
+    budget = Budget(FREE, max_nodes=1)
+    for _ in range(num_steps):  # the first three are foretold by nothing that was seen
+        budget.observe_step(StepRecord(1, 1, False, 1.0, 0.0, 1.0, foretold_seconds=0.8))
+    budget.load(1).on_trial = True
+
+    choice = budget.choose([[0.0]], [[-math.inf]], [True])
+
+    assert budget.load(1).gain == pytest.approx(expected)
+    assert choice.forward_seconds == 1.0, "what is foretold of the next pass is not changed by that"
+
+
 def test_one_bad_promise_outside_a_trial_does_not_stop_drafting() -> None:
     budget = losing_budget()
     budget.load(1).gain = 1.5

@@ -88,18 +88,46 @@ def test_text_is_that_of_plain_vllm_with_packed_matrices(
         assert_same_answers(broken, plain)
 
 
+def test_text_is_that_of_plain_vllm_when_trees_are_served_in_rounds_and_both_are_compiled(
+    engines: EnginePool, tiny_pair: TinyPair
+) -> None:
+    workload = workload_of(tiny_pair)
+
+    drafted = engines.run(
+        tiny_pair.drafted(enforce_eager=None), replace(workload, mutation="serve_trees_in_rounds")
+    )
+
+    assert_same_answers(drafted, engines.run(tiny_pair.plain(enforce_eager=None), workload))
+    assert_trees_were_accepted(drafted)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "bfloat16"}, pytest.param({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, marks=needs_avx512)],
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "enforce_eager": None},
+        {"dtype": "float16"},
+        pytest.param({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, marks=needs_avx512),
+    ],
     ids=str,
 )
-def test_text_in_bf16_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
+def test_text_in_16_bits_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
     engines: EnginePool, tiny_pair: TinyPair, options: dict[str, Any]
 ) -> None:
     drafted = engines.run(tiny_pair.drafted(**options), greedy(tiny_pair))
 
     assert_only_ties_differ(drafted, engines, tiny_pair.plain(**options), tiny_pair.prompts)
     assert_trees_were_accepted(drafted)
+
+
+@pytest.mark.parametrize("mutation", ["drop_the_commit", "leave_positions_linear"])
+def test_what_is_broken_shows_in_16_bits_too(engines: EnginePool, tiny_pair: TinyPair, mutation: str) -> None:
+    options = {"dtype": "bfloat16"}
+
+    broken = engines.run(tiny_pair.drafted(**options), replace(greedy(tiny_pair), mutation=mutation))
+
+    with pytest.raises(AssertionError, match="plain vLLM takes other tokens"):
+        assert_only_ties_differ(broken, engines, tiny_pair.plain(**options), tiny_pair.prompts)
 
 
 def test_text_of_an_int8_target_leaves_that_of_plain_vllm_only_where_two_tokens_tie(

@@ -148,6 +148,10 @@ class PassRatios:
             self._by_nodes.clear()
             self.known.clear()
 
+    def is_known(self) -> bool:
+        """Return whether enough passes with nodes have been seen."""
+        return len(self._recent) >= _ENOUGH_PASSES
+
     def recent(self) -> float:
         """Return that of the last passes with nodes, however many."""
         return _median(self._recent, 1.0)
@@ -166,6 +170,9 @@ class Load:
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
         """Scheduling, sampling and messages, where there are drafts: what is neither forward pass nor drafting."""
+        self.lateness: deque[float] = deque(maxlen=_WINDOW)
+        """Seconds of passes over those foretold when their nodes were chosen: of many numbers of nodes whose times are
+        not known exactly, the one that looks best is more often than not one that was measured too fast."""
         self.plain_ratio: deque[float] = deque(maxlen=_WINDOW)
         """Seconds of a whole step with neither drafts nor drafting over those expected of its forward pass."""
         self.gain = self.least_gain
@@ -197,6 +204,8 @@ class StepRecord(NamedTuple):
     """Drafting at its end; None where nothing was drafted."""
     total_seconds: float
     """From its start to the start of the next step."""
+    foretold_seconds: float | None = None
+    """Of its forward pass, when its nodes were chosen; None where none were."""
 
 
 class Choice(NamedTuple):
@@ -205,12 +214,15 @@ class Choice(NamedTuple):
     num_nodes: list[int]  # [batch]
     as_chains: bool
     """Whether they are the first nodes of every request's best path; else the best ones of its tree."""
+    forward_seconds: float = 0.0
+    """What the pass that verifies them is reckoned to take."""
 
 
 class _Option(NamedTuple):
     """The best that can be had of nodes of one kind."""
 
     num_nodes: list[int]  # [batch]
+    forward_seconds: float
     speed: float  # tokens per second
     marginal_probability: float
 
@@ -279,12 +291,14 @@ class Budget:
         best = as_chains if as_chains.speed >= as_trees.speed else as_trees
         load.speed, load.marginal_probability = best.speed, best.marginal_probability
         plain_seconds = self._plain_seconds(load, len(trees), load.chains if best is as_chains else load.trees)
-        promise = load.speed * plain_seconds / len(trees)
+        late_seconds = best.forward_seconds * _median(load.lateness, 1.0) + overhead
+        tokens = best.speed * (best.forward_seconds + overhead)
+        promise = tokens / late_seconds * plain_seconds / len(trees)
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
         load.on_trial = False
         if load.gain >= load.least_gain:
             load.next_pause = 1
-        return Choice(best.num_nodes, best is as_chains)
+        return Choice(best.num_nodes, best is as_chains, best.forward_seconds)
 
     def _best(
         self, log_probs: Sequence[Sequence[float]], is_greedy: Sequence[bool], ratios: PassRatios, overhead: float
@@ -318,7 +332,7 @@ class Budget:
         num_nodes = [0] * batch_size
         for _, request in nodes[:count]:
             num_nodes[request] += 1
-        return _Option(num_nodes, speed, marginal_probability)
+        return _Option(num_nodes, seconds[count] - overhead, speed, marginal_probability)
 
     def _plain_seconds(self, load: Load, batch_size: int, ratios: PassRatios) -> float:
         """Return what a step of plain decoding takes.
@@ -344,9 +358,12 @@ class Budget:
         num_rows = step.batch_size + step.num_nodes
         expected = self._passes(num_rows)[num_rows]
         kinds = (load.trees, load.chains) if step.has_branches else (load.chains, load.trees)
-        kinds[0].observe(step.num_nodes, step.forward_seconds / expected)
         if step.num_nodes:
             kinds[1].count_unused()
+            # while nothing was known of such passes, what was foretold was no more than a guess
+            if step.foretold_seconds is not None and kinds[0].is_known():
+                load.lateness.append(step.forward_seconds / step.foretold_seconds)
+        kinds[0].observe(step.num_nodes, step.forward_seconds / expected)
         if not step.num_nodes and step.draft_seconds is None:
             load.plain_ratio.append(step.total_seconds / expected)
             return
@@ -370,6 +387,7 @@ class Budget:
                 "chain_ratio": load.chains.recent(),
                 "tree_ratio": load.trees.recent(),
                 "draft_ms": 1e3 * _median(load.draft_seconds, math.nan),
+                "lateness": _median(load.lateness, math.nan),
                 "other_ms": 1e3 * _median(load.other_seconds, math.nan),
                 "marginal_probability": load.marginal_probability,
             }

@@ -203,6 +203,7 @@ CONTRACTS = (
         ),
     ),
     Contract("vllm.model_executor.models.interfaces", "SupportsEagle3.set_aux_hidden_state_layers", ("layers",)),
+    Contract("vllm.v1.worker.cpu_worker", "CPUModelRunner", ("vllm_config", "device")),
     Contract("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ()),
     Contract("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", ()),
     Contract(

@@ -72,6 +72,9 @@ class TreeModelRunner(CPUModelRunner):
         self._step_started = 0.0
         self._forward_seconds = 0.0
         self._draft_seconds: float | None = None
+        self._foretold_seconds: float | None = None
+        self._next_foretold_seconds: float | None = None
+        """Those of the step that verifies what is being drafted."""
         self._decoding: set[str] = set()
         self._has_foresight = foresight.is_possible(self.sampler)
         self._matrices = TargetMatrices(
@@ -116,6 +119,7 @@ class TreeModelRunner(CPUModelRunner):
         now = time.perf_counter()
         self._learn_from_last_step(scheduler_output, now)
         self._step_started = now
+        self._foretold_seconds, self._next_foretold_seconds = self._next_foretold_seconds, None
         output = super().execute_model(scheduler_output, intermediate_tensors)
         self._forward_seconds = time.perf_counter() - now
         return output
@@ -134,6 +138,7 @@ class TreeModelRunner(CPUModelRunner):
                     self._forward_seconds,
                     self._draft_seconds,
                     total,
+                    self._foretold_seconds,
                 )
             )
         drafts = scheduler_output.scheduled_spec_decode_tokens
@@ -350,6 +355,7 @@ class TreeModelRunner(CPUModelRunner):
         paths = tree_batch.best_paths(candidates)
         trees, chains = ([sorted(row, reverse=True) for row in each.log_probs.tolist()] for each in (candidates, paths))
         choice = self._budget.choose(trees, chains, greedy)
+        self._next_foretold_seconds = choice.forward_seconds
         as_chains, *budgets = _from_first_rank([int(choice.as_chains), *choice.num_nodes])
         return (paths if as_chains else candidates), budgets
 
