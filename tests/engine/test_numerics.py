@@ -93,9 +93,7 @@ def test_text_is_that_of_plain_vllm_when_trees_are_served_in_rounds_and_both_are
 ) -> None:
     workload = workload_of(tiny_pair)
 
-    drafted = engines.run(
-        tiny_pair.drafted(enforce_eager=None), replace(workload, mutation="serve_trees_in_rounds")
-    )
+    drafted = engines.run(tiny_pair.drafted(enforce_eager=None), replace(workload, mutation="serve_trees_in_rounds"))
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(enforce_eager=None), workload))
     assert_trees_were_accepted(drafted)

@@ -1,8 +1,8 @@
 // The drafter's beam search, all depths of all requests in one call; its twin is `core.beam_search`.
 //
-// Weights have 16 bits, all else has 32: every depth reads all weights, and what is halved fits a core's cache. A matrix
-// lies in panels of kWidth outputs, [outputs / kWidth, inputs, kWidth], the last one padded, and so do biases and rows.
-// Threads share the panels of a product, and wait for each other between products.
+// Weights have 16 bits, all else has 32: every depth reads all weights, and half of them fit where all would not. A
+// matrix lies in panels of kWidth outputs, [outputs / kWidth, inputs, kWidth]; the last is padded, as biases and rows
+// are. Threads share the panels of a product, and wait for each other between products.
 
 #include <algorithm>
 #include <cmath>
@@ -16,12 +16,12 @@ struct Matrix {
 
 struct Call {
   const Matrix *embedding, *recurrence, *projection, *blocks, *head;
-  const float* table;         // [tokens, hidden]: embeddings, or what `embedding` would make of them
+  const float* table;          // [tokens, hidden]: embeddings, or what `embedding` would make of them
   const uint16_t* half_table;  // the same in bf16
-  const int64_t* target_ids;  // [head]
-  const float* contexts;      // [requests, exit], or hidden where nothing is projected
-  const int64_t* init_ids;    // [requests]
-  const int64_t* seeds;       // [requests, length], or none where all are greedy
+  const int64_t* target_ids;   // [head]
+  const float* contexts;       // [requests, exit], or hidden where nothing is projected
+  const int64_t* init_ids;     // [requests]
+  const int64_t* seeds;        // [requests, length], or none where all are greedy
   const float *temperatures, *top_p, *min_p;  // [requests]; temperature 0 for the greedy ones
   const int64_t* top_k;                       // [requests], 0 for all
   int64_t *token_ids, *parents;               // [requests, length * kept]
@@ -92,7 +92,7 @@ static uint64_t mixed(uint64_t bits) {
 }
 
 // Writes the Gumbel noise of a seed times the temperature, as `core.noise.gumbel` has it.
-static void add_noise_of(uint64_t seed, float temperature, const int64_t* token_ids, int64_t size, float* noise) {
+static void write_noise(uint64_t seed, float temperature, const int64_t* token_ids, int64_t size, float* noise) {
   const uint64_t key = mixed(seed);
   float below[kLanes] = {}, above[kLanes] = {};  // u and 1 - u: near 1, u alone would be coarse
   for (int64_t first = 0; first < size; first += kLanes) {
@@ -124,7 +124,8 @@ static void lift(const Call& call, int64_t request, const float* noise, int64_t 
   int64_t rank = 0;
   for (; rank < ranked; ++rank) {
     const float logit = heap.front(), probability = std::exp((logit - highest) * inverse) / total;
-    const bool is_kept = before < call.top_p[request] && probability >= call.min_p[request] / total && (!top_k || rank < top_k);
+    const bool is_kept = before < call.top_p[request] && probability >= call.min_p[request] / total &&
+                         (!top_k || rank < top_k);
     if (rank && !is_kept) break;
     last = logit;
     before += probability;
@@ -156,16 +157,16 @@ struct Ranking {
     }
     float most_likely = kLowest, total = 0.0f;
     for (int lane = 0; lane < kLanes; ++lane) most_likely = std::max(most_likely, highest[lane]);
-    for (int64_t index = 0; index < size; index += kLanes) sum += exp_of(*(const Vector*)(logits + index) - most_likely);
+    for (int64_t index = 0; index < size; index += kLanes)
+      sum += exp_of(*(const Vector*)(logits + index) - most_likely);
     for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
     const float offset = score - most_likely - std::log(total);
     for (int64_t index = 0; index < size; ++index) {
       if (entries.size() == most && logits[index] + offset <= entries.back().total) continue;
       const Entry entry = {logits[index] + offset, beam, index};
       if (entries.size() == most) entries.pop_back();
-      const auto place = std::upper_bound(entries.begin(), entries.end(), entry,
-                                          [](const Entry& left, const Entry& right) { return left.total > right.total; });
-      entries.insert(place, entry);
+      const auto is_better = [](const Entry& left, const Entry& right) { return left.total > right.total; };
+      entries.insert(std::upper_bound(entries.begin(), entries.end(), entry, is_better), entry);
     }
   }
 };
@@ -198,13 +199,14 @@ class Search {
     }
   }
 
-  // Searches, and returns how many candidates every request has; all threads call it.
+  // Writes the candidates of all depths; all threads call it.
   void run() {
     if (call_.seeds) {
 #pragma omp for schedule(static)
       for (int64_t index = 0; index < call_.num_requests * call_.length; ++index) {
         const float temperature = call_.temperatures[index / call_.length];
-        if (temperature > 0) add_noise_of(call_.seeds[index], temperature, call_.target_ids, size_, noise_.row(index));
+        if (temperature > 0)
+          write_noise(call_.seeds[index], temperature, call_.target_ids, size_, noise_.row(index));
       }
     }
     for (int64_t depth = 0; depth < call_.length && !is_over_; ++depth) {
@@ -220,8 +222,11 @@ class Search {
   void read(int64_t row, int64_t token) {
     const int64_t hidden = call_.hidden_size;
     float* out = embeddings_.row(row);
-    if (call_.table) std::copy_n(call_.table + token * hidden, hidden, out);
-    else for (int64_t index = 0; index < hidden; ++index) {
+    if (call_.table) {
+      std::copy_n(call_.table + token * hidden, hidden, out);
+      return;
+    }
+    for (int64_t index = 0; index < hidden; ++index) {
       const uint32_t bits = uint32_t{call_.half_table[token * hidden + index]} << 16;
       __builtin_memcpy(out + index, &bits, sizeof bits);
     }
@@ -233,7 +238,8 @@ class Search {
     Buffer embedded = embeddings_;
     if (call_.embedding->panels) {
       embedded = embedded_;
-      multiply(*call_.embedding, embeddings_, rows, [&](int64_t row, int64_t at, Vector sum) { store(embedded, row, at, sum); });
+      multiply(*call_.embedding, embeddings_, rows,
+               [&](int64_t row, int64_t at, Vector sum) { store(embedded, row, at, sum); });
     }
     if (call_.recurrence->panels) {
       multiply(*call_.recurrence, states_, rows, [&](int64_t row, int64_t at, Vector sum) {
@@ -242,40 +248,47 @@ class Search {
     } else {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t at = 0; at < hidden; ++at) next_states_.row(row)[at] = states_.row(row)[at] + embedded.row(row)[at];
+        for (int64_t at = 0; at < hidden; ++at)
+          next_states_.row(row)[at] = states_.row(row)[at] + embedded.row(row)[at];
     }
-    if (call_.projection->panels) {
-      multiply(*call_.projection, next_states_, rows, [&](int64_t row, int64_t at, Vector sum) { store(x_, row, at, sum); });
-    }
+    const bool is_projected = call_.projection->panels;
+    if (is_projected)
+      multiply(*call_.projection, next_states_, rows,
+               [&](int64_t row, int64_t at, Vector sum) { store(x_, row, at, sum); });
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t size = call_.projection->panels ? exit_ : hidden;
+      const int64_t size = is_projected ? exit_ : hidden;
       const float* context = call_.contexts + row / live_ * size;
       float* x = x_.row(row);
-      if (call_.projection->panels) for (int64_t at = 0; at < size; ++at) x[at] += context[at];
-      else std::copy_n(next_states_.row(row), hidden, std::copy_n(context, hidden, x));
+      if (is_projected)
+        for (int64_t at = 0; at < size; ++at) x[at] += context[at];
+      else
+        std::copy_n(next_states_.row(row), hidden, std::copy_n(context, hidden, x));
     }
     Buffer x = x_, y = y_;
     for (int64_t block = 0; block < call_.num_blocks; ++block, std::swap(x, y))
-      multiply(call_.blocks[block], x, rows, [&](int64_t row, int64_t at, Vector sum) { store(y, row, at, load(x, row, at) + silu(sum)); });
+      multiply(call_.blocks[block], x, rows, [&](int64_t row, int64_t at, Vector sum) {
+        store(y, row, at, load(x, row, at) + silu(sum));
+      });
     multiply(*call_.head, x, rows, [&](int64_t row, int64_t at, Vector sum) { store(logits_, row, at, sum); });
   }
 
   // Writes the best continuations, and makes beams of the best of them.
   void rank(int64_t depth) {
     const int64_t kept = std::min(call_.num_kept, live_ * size_), next_live = std::min(call_.width, kept);
-    // beams of a request are overwritten by its next ones: states_ is free, for next_states_ holds what they came to
 #pragma omp for schedule(static)
     for (int64_t request = 0; request < call_.num_requests; ++request) {
       Ranking ranking{{}, (size_t)kept};
       ranking.entries.reserve(kept + 1);
       const bool is_drawn = call_.seeds && call_.temperatures[request] > 0;
       const float* noise = is_drawn ? noise_.row(request * call_.length + depth) : nullptr;
+      const bool truncates = is_drawn && (call_.top_k[request] || call_.top_p[request] < 1 || call_.min_p[request] > 0);
       for (int64_t beam = 0; beam < live_; ++beam) {
         float* logits = logits_.row(request * live_ + beam);
-        const bool truncates = is_drawn && (call_.top_k[request] > 0 || call_.top_p[request] < 1 || call_.min_p[request] > 0);
-        if (truncates) lift(call_, request, noise, size_, logits);
-        else if (is_drawn) for (int64_t index = 0; index < size_; ++index) logits[index] += noise[index];
+        if (truncates)
+          lift(call_, request, noise, size_, logits);
+        else if (is_drawn)
+          for (int64_t index = 0; index < size_; ++index) logits[index] += noise[index];
         for (int64_t index = 0; index < size_; ++index) logits[index] *= call_.sharpness;
         std::fill(logits + size_, logits + logits_.stride, kLowest);
         ranking.add(beam, scores_[request * live_ + beam], logits, size_);

@@ -65,7 +65,8 @@ static inline Vector exp_of(Vector x) {
 
 // Adds x[kRows, length] @ panel[length, kWidth] to sums[kRows, kWidth]; calls `before` with every index of `length`.
 template <int kRows, class Panel, class Before>
-static inline __attribute__((always_inline)) void add_products(Rows x, Panel panel, float* sums, int64_t sums_stride, int64_t length, Before before) {
+static inline __attribute__((always_inline)) void add_products(Rows x, Panel panel, float* sums, int64_t sums_stride,
+                                                               int64_t length, Before before) {
   Vector left[kRows], right[kRows];
   for (int row = 0; row < kRows; ++row) {
     left[row] = *(const Vector*)(sums + row * sums_stride);
@@ -88,8 +89,8 @@ static inline __attribute__((always_inline)) void add_products(Rows x, Panel pan
 
 // The same for a number of rows, 1 to kGroup, that is known when it runs.
 template <class Panel, class Before, int kRows = kGroup>
-static inline __attribute__((always_inline)) void add_group(int64_t rows, Rows x, Panel panel, float* sums, int64_t sums_stride, int64_t length,
-                      Before before) {
+static inline __attribute__((always_inline)) void add_group(int64_t rows, Rows x, Panel panel, float* sums,
+                                                            int64_t sums_stride, int64_t length, Before before) {
   if constexpr (kRows > 1)
     if (rows < kRows) return add_group<Panel, Before, kRows - 1>(rows, x, panel, sums, sums_stride, length, before);
   add_products<kRows>(x, panel, sums, sums_stride, length, before);
