@@ -49,9 +49,8 @@ class Searcher:
         foresight: KnownDraws | None = None,
     ) -> Candidates:
         """Return the best continuations, looking no deeper once all have a cumulative log-probability below `floor`."""
-        hidden = hidden.to(self.drafter.dtype)
         if self._kernel is None:
-            return self._search.run(hidden, init_ids, floor, foresight)
+            return self._search.run(hidden.to(self.drafter.dtype), init_ids, floor, foresight)
         draws = None if foresight is None else foresight.of_batch(len(init_ids))
         return self._kernel.run(hidden, init_ids, floor, draws)
 

@@ -37,6 +37,15 @@ class BeamShape(NamedTuple):
     length: int
     """Tokens drafted per beam, the init token not counted (Apple's `beam_length` is one more)."""
 
+    def check(self) -> None:
+        """Refuse a shape that nothing can be searched with.
+
+        Raises:
+            ValueError: it holds a number below 1.
+        """
+        if self.width < 1 or self.length < 1:
+            raise ValueError(f"beam shape {tuple(self)} is not usable: width and length must be at least 1")
+
 
 class Candidates(NamedTuple):
     """Scored continuations, depth by depth, parents before children: C = sum over the depths of the candidates kept."""
@@ -124,8 +133,7 @@ class BeamSearch:
         sharpness: float = 1.0,
         choose: Choose = best_continuations,
     ) -> None:
-        if shape.width < 1 or shape.length < 1:
-            raise ValueError(f"beam shape {tuple(shape)} is not usable: width and length must be at least 1")
+        shape.check()
         self._drafter = drafter
         self._embed = embed
         self._width, self._length = shape

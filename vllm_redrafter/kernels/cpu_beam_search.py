@@ -69,8 +69,7 @@ class CpuBeamSearch:
     """
 
     def __init__(self, packed: PackedDrafter, shape: BeamShape, num_candidates: int, sharpness: float) -> None:
-        if shape.width < 1 or shape.length < 1:
-            raise ValueError(f"beam shape {tuple(shape)} is not usable: width and length must be at least 1")
+        shape.check()
         self._packed = packed
         self._length = shape.length
         self._num_kept = max(shape.width, num_candidates)
