@@ -93,3 +93,25 @@ def test_every_request_that_samples_has_a_generator_of_its_own(monkeypatch: pyte
     assert generators["seeded"] is seeded
     assert generators["first"].get_state().tolist() != generators["second"].get_state().tolist()
     assert runner.input_batch.generators == {places[name]: generators[name] for name in ("seeded", "first", "second")}
+
+
+def test_what_was_foretold_of_a_pass_is_held_against_that_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUModelRunner, "execute_model", lambda self, output, tensors: None)
+    monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
+    foretold: list[float | None] = []
+    runner = object.__new__(TreeModelRunner)
+    runner._budget = SimpleNamespace(
+        choose=lambda trees, chains, greedy: Choice([3], as_chains=False, forward_seconds=0.25),
+        observe_step=lambda step: foretold.append(step.foretold_seconds),
+    )
+    runner._batch = SimpleNamespace(trees=[SimpleNamespace(token_ids=[5])], num_branching=0)
+    runner._decoding, runner._step_started, runner._forward_seconds, runner._draft_seconds = {"a"}, 0.0, 0.0, None
+    runner._foretold_seconds = runner._next_foretold_seconds = None
+    step = SimpleNamespace(num_scheduled_tokens={"a": 2}, scheduled_spec_decode_tokens={"a": [5]})
+
+    runner.execute_model(step)  # learns from the step before, for which nothing was chosen
+    runner._agreed_choice(CANDIDATES, [True])
+    for _ in range(3):
+        runner.execute_model(step)
+
+    assert foretold == [None, None, 0.25, None]
