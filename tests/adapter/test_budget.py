@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_rates_are_the_nearest_ones_that_never_fall(seed: int) -> None:
     counts = rng.integers(1, 50, size=7).astype(np.float64)
     hits = np.floor(rng.random(7) * counts)
 
-    rates = budget_module._non_decreasing(hits.tolist(), counts.tolist())
+    rates = budget_module.non_decreasing(hits.tolist(), counts.tolist())
 
     # the definition: of the ranges around a bin, the largest by their start of the smallest means by their end
     def mean(first: int, last: int) -> float:
@@ -247,6 +248,78 @@ def test_fewer_nodes_that_were_seen_in_a_slow_moment_are_tried_again() -> None:
     assert choose(budget, np.log(np.array([[0.9, 0.8, 0.001]])), [True]) == [3]
     assert budget.load(1).speed == pytest.approx((1 + 0.9 + 0.8) / 2.0, rel=0.01)
     assert choose(budget, np.log(np.array([[0.9, 0.8]])), [True]) == [2]
+
+
+def serve(budget: Budget, seconds: Callable[[int], float], num_steps: int) -> list[int]:
+    """Return how many nodes were verified in steps of one request whose passes take `seconds` of their nodes."""
+    chances = [0.6, 0.4, 0.25, 0.2, 0.15, 0.1, 0.08, 0.06]
+    trees = np.log([chances]).tolist()
+    verified = []
+    for _ in range(num_steps):
+        choice = budget.choose(trees, [[-math.inf]], [False])
+        (num_nodes,) = choice.num_nodes
+        verified.append(num_nodes)
+        taken = seconds(num_nodes)
+        budget.observe_step(StepRecord(1, num_nodes, num_nodes > 0, taken, 0.1, taken + 0.2, choice.forward_seconds))
+    return verified
+
+
+@pytest.mark.parametrize("mistaken_for", [0.9, 1.1])
+@pytest.mark.parametrize("mistaken", [3, 5, 6])
+def test_what_passes_at_start_say_wrongly_of_some_numbers_of_nodes_does_not_last(
+    mistaken: int, mistaken_for: float
+) -> None:
+    true_seconds = [10.0 + 0.3 * nodes for nodes in range(9)]
+    at_start = [each * (mistaken_for if nodes >= mistaken else 1.0) for nodes, each in enumerate(true_seconds)]
+    budget = Budget(StepTimes(np.arange(1.0, 10.0), np.array(at_start)), max_nodes=8)
+    rng = np.random.default_rng(0)
+    pace = 1.0
+
+    def seconds(num_nodes: int) -> float:
+        nonlocal pace
+        if rng.random() < 0.02:  # now and then the machine changes its pace
+            pace = float(rng.choice([1.0, 1.15, 1.3]))
+        return true_seconds[num_nodes] * pace * float(rng.normal(1.0, 0.04))
+
+    verified = serve(budget, seconds, 2000)
+
+    tokens = np.cumsum([1.0, 0.6, 0.4, 0.25, 0.2, 0.15, 0.1, 0.08, 0.06])
+    worth = tokens / (np.array(true_seconds) + 0.2)
+    late = worth[verified[500:]] / worth.max()
+    assert late.mean() > 0.985
+    assert set(verified[500:]) > {int(worth.argmax())}
+
+
+def test_one_choice_in_sixteen_is_the_least_known_of_those_that_promise_nearly_as_much() -> None:
+    budget = Budget(FREE, max_nodes=4)
+    log_probs = np.log(np.array([[0.9, 0.5, 0.03, 0.02]]))
+    chosen = [choose(budget, log_probs, [True]) for _ in range(15)]
+    for num_nodes in (2, 2, 2, 4):
+        budget.observe_step(StepRecord(1, num_nodes, True, 1.0, 0.0, 1.0))
+
+    trial = budget.choose(log_probs.tolist(), [[-math.inf]], [True])
+
+    assert chosen == [[4]] * 15
+    assert trial.num_nodes == [3], "two are known better, and one would lose too much"
+    assert trial.forward_seconds == 1.0
+    assert budget.load(1).speed == pytest.approx(2.45, rel=0.01), "what is promised is that of the best"
+    assert choose(budget, log_probs, [True]) == [4]
+
+
+def test_a_slower_machine_makes_no_number_of_nodes_look_dearer_than_another() -> None:
+    log_probs = np.log(np.array([[0.6, 0.5, 0.4, 0.05]]))
+    budget = Budget(TYPICAL, max_nodes=4)
+    for num_nodes in (2, 3, 4):
+        for _ in range(5):
+            expected = TYPICAL.of(1 + num_nodes)
+            budget.observe_step(StepRecord(1, num_nodes, True, expected, 0.0, expected))
+    before = choose(budget, log_probs, [True])
+
+    for _ in range(8):  # the only one that is seen while the machine is slow
+        expected = 1.5 * TYPICAL.of(1 + before[0])
+        budget.observe_step(StepRecord(1, before[0], True, expected, 0.0, expected))
+
+    assert choose(budget, log_probs, [True]) == before
 
 
 TREES, CHAINS = (np.log([chances]).tolist() for chances in ([0.6, 0.5, 0.2], [0.6, 0.2]))

@@ -8,7 +8,8 @@ batch's nodes sorted by p, verifying the best k of them yields
 tokens per second. The k where that is highest is the budget of the whole batch, and how it is shared among the
 requests follows from the sorting. The p come from the drafter's own log-probabilities, corrected by what was accepted
 so far (`Calibration`); the times come from forward passes measured at start, corrected by the steps served so far
-(`Load`). Branches may cost more than their rows, so the nodes of all best paths, sorted alike, compete with those of
+(`Load`). Now and then another number of nodes is verified that promises nearly as much, so that no mistake about it
+lasts. Branches may cost more than their rows, so the nodes of all best paths, sorted alike, compete with those of
 all trees. When even the best k hardly beats plain decoding, drafting itself stops, and is tried again now and then; a
 large batch must gain more than a small one.
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 _WINDOW = 15  # measurements that a median is taken over
+_PACE_WINDOW = 7  # the same for the machine's pace, which changes sooner
 _ENOUGH_PASSES = 3  # passes with so many nodes after which they stand for themselves
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256  # the most drafted steps between two of them: intervals double up to that
@@ -40,6 +42,8 @@ _LEAST_GAIN = 1.03  # drafts that promise less are left: times and acceptance ar
 # What a batch twice as large must promise on top: with drafts, requests that began together end apart, and the last
 # ones run in small batches. Seen in closed batches of 4 and 16 requests: 5 to 8% and 8 to 10% of what steps promise.
 _LEAST_GAIN_PER_DOUBLING = 0.02
+_TRIAL_INTERVAL = 16  # choices of which one is the least known
+_TRIAL_WORTH = 0.96  # of the best one's tokens per second, which it promises at least
 _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
 _LONGEST_PAUSE = 128  # steps without drafting before it is tried again
 
@@ -113,40 +117,47 @@ class Calibration:
     def _fitted_rates(self) -> list[float]:
         if self._rates is None:
             # a more probable node cannot be a worse one: what contradicts that is noise
-            self._rates = _non_decreasing(self._accepted, self._seen)
+            self._rates = non_decreasing(self._accepted, self._seen)
         return self._rates
 
 
 class PassRatios:
     """Seconds of forward passes over those expected from the passes at start, which know of rows alone.
 
-    What has not been seen is taken to cost as little as they say, so that it is tried.
+    They change together, as the machine's pace does, and each number of nodes has a ratio of its own at the same pace.
+    What has not been seen is taken to cost as little as the passes at start say, so that it is tried.
     """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
         self._by_nodes: dict[int, deque[float]] = {}
-        self.known: dict[int, float] = {}
-        """That of passes with so many nodes, once there were enough of them."""
+        self._own: dict[int, float] = {}  # that of passes with so many nodes, at pace 1, once there were enough of them
+        self.num_seen: Counter[int] = Counter()
+        """Passes with so many nodes."""
         self._num_unused = 0
 
     def observe(self, num_nodes: int, ratio: float) -> None:
         """Learn from a pass with so many nodes."""
         self._num_unused = 0
+        self.num_seen[num_nodes] += 1
         if num_nodes:
             self._recent.append(ratio)
+        if num_nodes in self._own:
+            self._paces.append(ratio / self._own[num_nodes])
         seen = self._by_nodes.setdefault(num_nodes, deque(maxlen=_WINDOW))
-        seen.append(ratio)
+        seen.append(ratio / _median(self._paces, 1.0))
         if len(seen) >= _ENOUGH_PASSES:
-            self.known[num_nodes] = median(seen)
+            self._own[num_nodes] = median(seen)
 
     def count_unused(self) -> None:
         """Note a pass of the other kind; after many of them what is known of this one is out of date."""
         self._num_unused += 1
         if self._num_unused == _PLAIN_STEP_INTERVAL:
             self._recent.clear()
+            self._paces.clear()
             self._by_nodes.clear()
-            self.known.clear()
+            self._own.clear()
 
     def is_known(self) -> bool:
         """Return whether enough passes with nodes have been seen."""
@@ -155,6 +166,12 @@ class PassRatios:
     def recent(self) -> float:
         """Return that of the last passes with nodes, however many."""
         return _median(self._recent, 1.0)
+
+    def of_all(self, most_nodes: int) -> list[float]:
+        """Return those of passes with 0, 1, 2, ... nodes, up to `most_nodes` or what is known, if that is more."""
+        pace, recent = _median(self._paces, 1.0), self.recent()
+        counts = range(1 + max([most_nodes, *self._own]))
+        return [pace * self._own[count] if count in self._own else recent for count in counts]
 
 
 class Load:
@@ -181,6 +198,7 @@ class Load:
         """A node less likely than this did not pay at the last choice."""
         self.speed = 0.0
         """Tokens per second that the last choice promised."""
+        self.num_choices = 0
         self.num_drafted = 0
         self.next_plain_step = _FIRST_PLAIN_STEP
         """Drafted steps after which the next one without drafts is due."""
@@ -218,13 +236,36 @@ class Choice(NamedTuple):
     """What the pass that verifies them is reckoned to take."""
 
 
-class _Option(NamedTuple):
-    """The best that can be had of nodes of one kind."""
+class _Options(NamedTuple):
+    """What can be had of nodes of one kind: the likeliest one, two, ..., or none."""
 
-    num_nodes: list[int]  # [batch]
-    forward_seconds: float
-    speed: float  # tokens per second
-    marginal_probability: float
+    owners: list[int]  # [nodes], the requests whose they are, the likeliest node's first
+    chances: list[float]  # [nodes], descending
+    forward_seconds: list[float]  # [1 + nodes], by how many are verified
+    speeds: list[float]  # [1 + nodes], tokens per second
+    hopes: list[float]  # [1 + nodes], the same if the passes at start were right about them
+    num_seen: Counter[int]
+
+    def best(self) -> int:
+        """Return how many yield the most tokens per second."""
+        return self.speeds.index(max(self.speeds))
+
+    def least_known(self) -> int:
+        """Return how many were verified the fewest times, of those that promise nearly as much or did at start."""
+        least = _TRIAL_WORTH * max(self.speeds)
+        promises = enumerate(map(max, self.speeds, self.hopes))
+        return min(
+            (count for count, promise in promises if promise >= least),
+            key=lambda count: (self.num_seen[count], -self.speeds[count]),
+        )
+
+    def marginal_probability(self) -> float:
+        """Return below which probability a node does not pay."""
+        best = self.best()
+        seconds = self.forward_seconds[max(best - 1, 0) : best + 2]
+        dearest = max((after - before for before, after in itertools.pairwise(seconds)), default=0.0)
+        # where times jump behind the last node, the ones before it have paid all the same
+        return min(self.speeds[best] * dearest, self.chances[best - 1] if best > 0 else math.inf)
 
 
 class Budget:
@@ -286,24 +327,28 @@ class Budget:
         """
         load = self.load(len(trees))
         overhead = _median(load.other_seconds, 0.0) + _median(load.draft_seconds, 0.0)
-        as_chains = self._best(chains, is_greedy, load.chains, overhead)
-        as_trees = self._best(trees, is_greedy, load.trees, overhead)
-        best = as_chains if as_chains.speed >= as_trees.speed else as_trees
-        load.speed, load.marginal_probability = best.speed, best.marginal_probability
-        plain_seconds = self._plain_seconds(load, len(trees), load.chains if best is as_chains else load.trees)
-        late_seconds = best.forward_seconds * _median(load.lateness, 1.0) + overhead
-        tokens = best.speed * (best.forward_seconds + overhead)
-        promise = tokens / late_seconds * plain_seconds / len(trees)
+        of_chains = self._options(chains, is_greedy, load.chains, overhead)
+        of_trees = self._options(trees, is_greedy, load.trees, overhead)
+        as_chains = max(of_chains.speeds) >= max(of_trees.speeds)
+        options, ratios = (of_chains, load.chains) if as_chains else (of_trees, load.trees)
+        best = options.best()
+        load.speed, load.marginal_probability = options.speeds[best], options.marginal_probability()
+        expected_tokens = load.speed * (options.forward_seconds[best] + overhead)
+        late_seconds = options.forward_seconds[best] * _median(load.lateness, 1.0) + overhead
+        promise = expected_tokens / late_seconds * self._plain_seconds(load, len(trees), ratios) / len(trees)
         load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
         load.on_trial = False
         if load.gain >= load.least_gain:
             load.next_pause = 1
-        return Choice(best.num_nodes, best is as_chains, best.forward_seconds)
+        load.num_choices += 1
+        chosen = options.least_known() if load.num_choices % _TRIAL_INTERVAL == 0 else best
+        shares = Counter(options.owners[:chosen])
+        return Choice([shares[request] for request in range(len(trees))], as_chains, options.forward_seconds[chosen])
 
-    def _best(
+    def _options(
         self, log_probs: Sequence[Sequence[float]], is_greedy: Sequence[bool], ratios: PassRatios, overhead: float
-    ) -> _Option:
-        """Return the best number of nodes of one kind.
+    ) -> _Options:
+        """Return what can be had of nodes of one kind.
 
         Args:
             ratios: of the passes that verify them.
@@ -316,23 +361,20 @@ class Budget:
         nodes.sort(key=lambda node: node[0], reverse=True)
 
         batch_size, recent = len(log_probs), ratios.recent()
-        most_rows = batch_size + max([len(nodes), *ratios.known])
-        passes = self._passes(most_rows)[batch_size : most_rows + 1]
-        seen = [each * ratios.known.get(count, recent) + overhead for count, each in enumerate(passes)]
+        tokens = list(itertools.accumulate((chance for chance, _ in nodes), initial=float(batch_size)))
+        by_nodes = ratios.of_all(len(nodes))
+        passes = self._passes(batch_size + len(by_nodes))[batch_size:]
+        seen = [each * ratio for each, ratio in zip(passes, by_nodes, strict=False)]
         # fewer nodes never take longer: what says so was seen in a slow moment, and would never be seen again
-        seconds = list(itertools.accumulate(reversed(seen), min))[::-1][: 1 + len(nodes)]
-        tokens = itertools.accumulate((chance for chance, _ in nodes), initial=float(batch_size))
-        speeds = [expected / each for expected, each in zip(tokens, seconds, strict=True)]
-        speed = max(speeds)
-        count = speeds.index(speed)
-        extra = [after - before for before, after in itertools.pairwise(seconds[max(count - 1, 0) : count + 2])]
-        # where times jump behind the last node, the ones before it have paid all the same
-        last_chance = nodes[count - 1][0] if count > 0 else math.inf
-        marginal_probability = min(speed * max(extra, default=0.0), last_chance)
-        num_nodes = [0] * batch_size
-        for _, request in nodes[:count]:
-            num_nodes[request] += 1
-        return _Option(num_nodes, seconds[count] - overhead, speed, marginal_probability)
+        seconds = list(itertools.accumulate(reversed(seen), min))[::-1][: len(tokens)]
+        return _Options(
+            [owner for _, owner in nodes],
+            [chance for chance, _ in nodes],
+            seconds,
+            [expected / (each + overhead) for expected, each in zip(tokens, seconds, strict=True)],
+            [expected / (each * recent + overhead) for expected, each in zip(tokens, passes, strict=False)],
+            ratios.num_seen,
+        )
 
     def _plain_seconds(self, load: Load, batch_size: int, ratios: PassRatios) -> float:
         """Return what a step of plain decoding takes.
@@ -395,11 +437,15 @@ class Budget:
         }
 
 
-def _non_decreasing(hits: Sequence[float], counts: Sequence[float]) -> list[float]:  # [bins] each
-    """Return the rates that never fall from bin to bin and fit best: neighbours that contradict are pooled."""
-    pools: list[tuple[float, float, int]] = []  # hits, counts, bins
-    for bin_hits, bin_counts in zip(hits, counts, strict=True):
-        pool = (bin_hits, bin_counts, 1)
+def non_decreasing(sums: Sequence[float], counts: Sequence[float] | None = None) -> list[float]:  # [bins] each
+    """Return the means that never fall from bin to bin and fit best: neighbours that contradict are pooled.
+
+    Args:
+        counts: what each bin's sum is over; 1 if left out.
+    """
+    pools: list[tuple[float, float, int]] = []  # sum, count, bins
+    for bin_sum, bin_count in zip(sums, itertools.repeat(1.0) if counts is None else counts, strict=False):
+        pool = (bin_sum, bin_count, 1)
         while pools and pools[-1][0] * pool[1] > pool[0] * pools[-1][1]:
             before = pools.pop()
             pool = (before[0] + pool[0], before[1] + pool[1], before[2] + pool[2])

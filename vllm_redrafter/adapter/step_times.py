@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +9,15 @@ from typing import Any
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_redrafter.adapter.budget import StepTimes
+from vllm_redrafter.adapter.budget import StepTimes, non_decreasing
 
 logger = init_logger(f"vllm.{__name__}")
 
-_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+_ROWS = (*range(1, 13), 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 _NUM_ROUNDS = 5
+_FEW_ROWS = 16
+_NUM_ROUNDS_OF_FEW = 15
+"""Where there are few requests, one row more or less is what a choice is about, and passes are short."""
 _MOST_SECONDS = 10.0
 """Larger passes are left out once this much time has gone; the last slope stands for them."""
 
@@ -29,18 +31,18 @@ def measure(runner: Any, most_rows: int, decide: Callable[[bool], bool]) -> Step
     """
     started = time.perf_counter()
     rows = [count for count in _ROWS if count <= min(most_rows, runner.max_num_tokens)]
-    quickest: dict[int, float] = {}
-    # round by round: what disturbs the machine for a moment then falls on all sizes, and no size on its own looks slow
-    for turn in range(_NUM_ROUNDS):
-        for count in rows if turn == 0 else list(quickest):
-            if quickest and decide(time.perf_counter() - started > _MOST_SECONDS):
+    taken: dict[int, list[float]] = {}  # by rows, round by round
+    for turn in range(_NUM_ROUNDS_OF_FEW):
+        for count in rows if turn == 0 else list(taken):
+            is_over = bool(taken) and decide(time.perf_counter() - started > _MOST_SECONDS)
+            if is_over or (turn >= _NUM_ROUNDS and count > _FEW_ROWS):
                 break
-            quickest[count] = min(_one_pass(runner, count), quickest.get(count, math.inf))
-    seconds = list(quickest.values())
-    # a pass of fewer rows never takes longer: what says so was disturbed
-    monotone = np.minimum.accumulate(seconds[::-1])[::-1]
-    times = StepTimes(np.array(list(quickest), dtype=np.float64), monotone)
-    table = ", ".join(f"{count}: {1e3 * value:.1f}" for count, value in zip(quickest, monotone, strict=True))
+            taken.setdefault(count, []).append(_one_pass(runner, count))
+    # the least is often a lucky one, and the median is one of a moment in which the machine was slow
+    quartiles = [float(np.quantile(each, 0.25)) for each in taken.values()]
+    # a pass of fewer rows never takes longer: what says so is noise
+    times = StepTimes(np.array(list(taken), dtype=np.float64), np.array(non_decreasing(quartiles)))
+    table = ", ".join(f"{count}: {1e3 * value:.1f}" for count, value in zip(taken, times.seconds, strict=True))
     logger.info("Forward passes measured, rows: milliseconds: %s", table)
     return times
 
