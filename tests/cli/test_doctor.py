@@ -45,7 +45,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             VLLM_RANGE=(Version("0.32.0"), Version("0.34")),
         ),
         "vllm_redrafter.adapter.patches": types.SimpleNamespace(check_contracts=lambda: CONTRACTS),
-        "vllm_redrafter.kernels.cpu_tree_attention": types.SimpleNamespace(panel_width=lambda: 16),
+        "vllm_redrafter.kernels.cpu_library": types.SimpleNamespace(load=lambda name: None),
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -88,15 +88,26 @@ def test_versions_outside_the_tested_range_are_a_problem(healthy: dict[str, Any]
     assert breaks("vLLM version").found.startswith("0.33.0: tested are 0.32.0")
 
 
-def test_without_a_compiler_attention_in_rounds_is_noted(healthy: dict[str, Any]) -> None:
-    def panel_width() -> int:
-        raise NotCompiledError("no C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "kernel", "otherwise"),
+    [
+        ("attention", "cpu_tree_attention", "in one round per path of a tree"),
+        ("drafts", "cpu_beam_search", "operation by operation"),
+    ],
+)
+def test_without_a_compiler_what_does_a_kernels_work_is_noted(
+    healthy: dict[str, Any], name: str, kernel: str, otherwise: str
+) -> None:
+    def load(asked: str) -> None:
+        if asked == kernel:
+            raise NotCompiledError("no C++ compiler")
 
-    healthy["modules"]["vllm_redrafter.kernels.cpu_tree_attention"].panel_width = panel_width
+    healthy["modules"]["vllm_redrafter.kernels.cpu_library"].load = load
 
-    found = breaks("attention")
+    found = breaks(name)
     assert (found.state, found.remedy) == (NOTE, "apt install g++")
-    assert found.found.endswith("in one round per path of a tree, which costs more: no C++ compiler")
+    assert found.found.endswith(f"{otherwise}, which costs more: no C++ compiler")
+    assert [each for each, state in states().items() if state == NOTE] == [name]
 
 
 def test_two_vllms_are_a_problem(healthy: dict[str, Any]) -> None:
@@ -204,6 +215,7 @@ def test_a_gpu_runs_v2_on_one_more_version(healthy: dict[str, Any]) -> None:
     found = {finding.name: finding.found for finding in environment.examine()}
     assert (found["platform"], found["model runner"]) == ("CUDA, H200", "V2")
     assert "Triton" in found["attention"]
+    assert "Triton" in found["drafts"]
 
 
 def test_another_platform_is_a_problem(healthy: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ def examine() -> list[Finding]:
     if vllm_error is not None:
         findings.append(Finding("vllm imports", PROBLEM, vllm_error, f"mend this first: {_INSTALL}"))
         return findings
-    return [*findings, check_vllm_range(), check_platform(), check_runner(), check_attention(), *check_contracts()]
+    findings += [check_vllm_range(), check_platform(), check_runner(), check_attention(), check_search()]
+    return [*findings, *check_contracts()]
 
 
 def unsupported() -> list[tuple[str, str]]:
@@ -179,11 +180,26 @@ def check_attention() -> Finding:
     if _runs_v2():
         return Finding("attention", OK, "vLLM's own backend, and a Triton kernel for the rows of trees")
     in_rounds = "vLLM's own CPU kernel, in one round per path of a tree"
+    in_one_pass = f"one pass over a tree where a target is fp32, else {in_rounds}"
+    return _kernel_finding("attention", "cpu_tree_attention", in_one_pass, in_rounds)
+
+
+def check_search() -> Finding:
+    """Return how drafts are searched for."""
+    if _runs_v2():
+        return Finding("drafts", OK, "PyTorch's operations and Triton kernels, in CUDA graphs where vLLM has them")
+    by_operation = "operation by operation"
+    in_one_call = f"one call for all depths; drafters with top_k and quantised embeddings {by_operation}"
+    return _kernel_finding("drafts", "cpu_beam_search", in_one_call, by_operation)
+
+
+def _kernel_finding(subject: str, kernel: str, served: str, otherwise: str) -> Finding:
+    """Return whether one of our CPU kernels can be compiled, and what does its work if it cannot."""
     try:
-        importlib.import_module("vllm_redrafter.kernels.cpu_tree_attention").panel_width()
+        importlib.import_module("vllm_redrafter.kernels.cpu_library").load(kernel)
     except RuntimeError as error:  # NotCompiledError, without importing what defines it
-        return Finding("attention", NOTE, f"{in_rounds}, which costs more: {error}", "apt install g++")
-    return Finding("attention", OK, f"one pass over a tree where a target is fp32, else {in_rounds}")
+        return Finding(subject, NOTE, f"{otherwise}, which costs more: {error}", "apt install g++")
+    return Finding(subject, OK, served)
 
 
 def check_contracts() -> list[Finding]:
