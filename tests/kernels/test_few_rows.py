@@ -22,7 +22,7 @@ def product(x: torch.Tensor, matrix: PackedMatrix, bias: torch.Tensor | None = N
     return out
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 12, 13, 25, 64, 97])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 10, 11, 12, 13, 17, 25, 64, 97])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 64), (33, 7), (1, 1), (95, 130), (160, 1)])
 def test_products_are_those_of_torch(num_rows: int, num_outputs: int, num_inputs: int) -> None:
     torch.manual_seed(num_rows)
