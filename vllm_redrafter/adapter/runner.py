@@ -167,8 +167,9 @@ class TreeModelRunner(CPUModelRunner):
         self._batch = tree_batch.assemble(
             self._proposed, self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._query_ends
         )
-        for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
-            self._proposed.pop(request, None)
+        if self._proposed:
+            for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
+                self._proposed.pop(request, None)
         for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
             if not tree.token_ids:
                 continue
@@ -256,11 +257,18 @@ class TreeModelRunner(CPUModelRunner):
         stats.num_truncated_trees += batch.num_truncated
         stats.num_chain_fallbacks += batch.num_replaced
         stats.num_branching_trees += batch.num_branching
-        for index, (tree, tokens, nodes) in enumerate(zip(batch.trees, walk.tokens, walk.nodes, strict=True)):
+        # the first token comes with the prompt: there was nothing to speculate on
+        counted = [
+            index
+            for index, outputs in enumerate(self.input_batch.req_output_token_ids)
+            if outputs and index not in discarded
+        ]
+        if not batch.has_drafts:
+            stats.count_plain(len(counted))
+            return
+        for index in counted:
             request = self.requests[self.input_batch.req_ids[index]]
-            # the first token comes with the prompt: there was nothing to speculate on
-            if index in discarded or not request.output_token_ids:
-                continue
+            tree, tokens, nodes = batch.trees[index], walk.tokens[index], walk.nodes[index]
             depth = len(nodes) - 1
             emitted = num_emitted(tokens, len(request.output_token_ids), request.sampling_params)
             stats.count_accepted(len(tree.token_ids), depth, emitted, nodes[depth] == depth)

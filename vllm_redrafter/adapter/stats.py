@@ -43,6 +43,11 @@ class Stats:
     """Time of tree bookkeeping: batch assembly, attention rounds, budget, lists for the scheduler."""
     num_engine_steps: int = 0
 
+    def count_plain(self, num_requests: int) -> None:
+        """Count a step of so many requests, each of which had nothing to verify and emitted one token."""
+        self.num_steps += num_requests
+        self.num_emitted_tokens += num_requests
+
     def count_accepted(self, num_nodes: int, depth: int, num_emitted: int, on_first_path: bool) -> None:
         """Count one request's verification of `num_nodes` drafts, of which a path of `depth` was accepted."""
         self.num_steps += 1

@@ -36,6 +36,10 @@ class DraftTree(NamedTuple):
         return {edge: node for node, edge in enumerate(edges, start=1)}
 
 
+ROOT = DraftTree([], [-1], [0], [])
+"""The tree of a request without drafts."""
+
+
 def chain_of(token_ids: list[int]) -> DraftTree:
     """Return the tree of one path."""
     size = len(token_ids) + 1
@@ -189,13 +193,17 @@ def assemble(
         scheduled: the draft tokens that the scheduler let through, by request: a prefix of the proposal, or padding.
         query_ends: row behind the last of every request.
     """
+    if not scheduled:  # as in most steps of a large batch, which has many requests and little time
+        return TreeBatch(
+            [ROOT] * len(request_ids), [end - 1 for end in query_ends], list(range(len(request_ids))), 0, 0, 0
+        )
     trees, root_rows, logit_rows = [], [], []
     num_logits = num_truncated = num_replaced = 0
     for request_id, query_end in zip(request_ids, query_ends, strict=True):
         tokens = scheduled.get(request_id, [])
         tree = proposed.get(request_id)
         if not tokens:
-            trees.append(chain_of([]))
+            trees.append(ROOT)
         elif tree is None or tree.token_ids[: len(tokens)] != tokens:
             num_replaced += 1
             trees.append(chain_of(tokens))
