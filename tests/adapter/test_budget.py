@@ -591,6 +591,20 @@ def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_on
     assert budget.load(1).gain == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.2)
 
 
+def test_what_a_step_takes_that_drafts_and_verifies_nothing_is_not_what_one_with_drafts_takes() -> None:
+    budget = Budget(FREE, 8)
+    for _ in range(15):  # as where drafting is tried now and then: nothing to verify, then drafts, then neither
+        budget.observe_step(StepRecord(1, 0, False, 1.0, 0.1, 1.2))
+        budget.observe_step(StepRecord(1, 0, False, 1.0, 0.1, 1.2))
+        budget.observe_step(StepRecord(1, 1, True, 1.0, None, 1.5))
+        budget.observe_step(plain_step(1.1))
+    budget.load(1).on_trial = True  # the next choice decides alone
+
+    choose(budget, np.array([[-0.75]]), [True])
+
+    assert budget.load(1).gain == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.1)
+
+
 def test_what_was_learnt_is_reported_by_load() -> None:
     budget = Budget(TYPICAL, 8)
     budget.observe_step(plain_step(20.0, batch_size=3))

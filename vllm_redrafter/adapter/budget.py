@@ -186,7 +186,7 @@ class Load:
         self.chains, self.trees = PassRatios(), PassRatios()
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
-        """Scheduling, sampling and messages, where there are drafts: what is neither forward pass nor drafting."""
+        """Scheduling, sampling and messages where drafts are verified: what is neither forward pass nor drafting."""
         self.lateness: deque[float] = deque(maxlen=_WINDOW)
         """Seconds of passes over those foretold when their nodes were chosen: of many numbers of nodes whose times are
         not known exactly, the one that looks best is more often than not one that was measured too fast."""
@@ -411,8 +411,10 @@ class Budget:
             return
         if step.draft_seconds is not None:
             load.draft_seconds.append(step.draft_seconds)
-        other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
-        load.other_seconds.append(max(other, 0.0))
+        # at every depth of a walk the sampler is called once more: a step with nothing to verify tells too little
+        if step.num_nodes:
+            other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
+            load.other_seconds.append(max(other, 0.0))
 
     def _passes(self, most_rows: int) -> list[float]:
         """Return what forward passes of 0, 1, 2, ... rows took at start, up to `most_rows` at least."""
