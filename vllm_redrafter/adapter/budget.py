@@ -363,8 +363,9 @@ class Budget:
         batch_size, recent = len(log_probs), ratios.recent()
         tokens = list(itertools.accumulate((chance for chance, _ in nodes), initial=float(batch_size)))
         by_nodes = ratios.of_all(len(nodes))
-        passes = self._passes(batch_size + len(by_nodes))[batch_size:]
-        seen = [each * ratio for each, ratio in zip(passes, by_nodes, strict=False)]
+        most_rows = batch_size + len(by_nodes)
+        passes = self._passes(most_rows)[batch_size:most_rows]
+        seen = [each * ratio for each, ratio in zip(passes, by_nodes, strict=True)]
         # fewer nodes never take longer: what says so was seen in a slow moment, and would never be seen again
         seconds = list(itertools.accumulate(reversed(seen), min))[::-1][: len(tokens)]
         return _Options(
@@ -446,7 +447,7 @@ def non_decreasing(sums: Sequence[float], counts: Sequence[float] | None = None)
         counts: what each bin's sum is over; 1 if left out.
     """
     pools: list[tuple[float, float, int]] = []  # sum, count, bins
-    for bin_sum, bin_count in zip(sums, itertools.repeat(1.0) if counts is None else counts, strict=False):
+    for bin_sum, bin_count in zip(sums, [1.0] * len(sums) if counts is None else counts, strict=True):
         pool = (bin_sum, bin_count, 1)
         while pools and pools[-1][0] * pool[1] > pool[0] * pools[-1][1]:
             before = pools.pop()

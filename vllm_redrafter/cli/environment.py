@@ -177,29 +177,29 @@ def check_runner() -> Finding:
 
 def check_attention() -> Finding:
     """Return how trees are verified."""
-    if _runs_v2():
-        return Finding("attention", OK, "vLLM's own backend, and a Triton kernel for the rows of trees")
     in_rounds = "vLLM's own CPU kernel, in one round per path of a tree"
     in_one_pass = f"one pass over a tree where a target is fp32, else {in_rounds}"
-    return _kernel_finding("attention", "cpu_tree_attention", in_one_pass, in_rounds)
+    on_v2 = "vLLM's own backend, and a Triton kernel for the rows of trees"
+    return _kernel_finding("attention", on_v2, "cpu_tree_attention", in_one_pass, in_rounds)
 
 
 def check_search() -> Finding:
     """Return how drafts are searched for."""
-    if _runs_v2():
-        return Finding("drafts", OK, "PyTorch's operations and Triton kernels, in CUDA graphs where vLLM has them")
     by_operation = "operation by operation"
     in_one_call = f"one call for all depths; drafters with top_k and quantised embeddings {by_operation}"
-    return _kernel_finding("drafts", "cpu_beam_search", in_one_call, by_operation)
+    on_v2 = "PyTorch's operations and Triton kernels, in CUDA graphs where vLLM has them"
+    return _kernel_finding("drafts", on_v2, "cpu_beam_search", in_one_call, by_operation)
 
 
-def _kernel_finding(subject: str, kernel: str, served: str, otherwise: str) -> Finding:
-    """Return whether one of our CPU kernels can be compiled, and what does its work if it cannot."""
+def _kernel_finding(subject: str, on_v2: str, kernel: str, on_v1: str, otherwise: str) -> Finding:
+    """Return what does some work: under V1 one of our CPU kernels, or something else where it cannot be compiled."""
+    if _runs_v2():
+        return Finding(subject, OK, on_v2)
     try:
         importlib.import_module("vllm_redrafter.kernels.cpu_library").load(kernel)
     except RuntimeError as error:  # NotCompiledError, without importing what defines it
         return Finding(subject, NOTE, f"{otherwise}, which costs more: {error}", "apt install g++")
-    return Finding(subject, OK, served)
+    return Finding(subject, OK, on_v1)
 
 
 def check_contracts() -> list[Finding]:
