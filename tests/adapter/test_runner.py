@@ -12,7 +12,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_redrafter.adapter import runner as runner_module
 from vllm_redrafter.adapter.budget import Choice, StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
+from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.target_matrices import TargetMatrices
+from vllm_redrafter.adapter.tree_batch import assemble
+from vllm_redrafter.adapter.verification import Walk
 from vllm_redrafter.core.beam_search import Candidates
 
 # two children of the root, and two of the better one
@@ -115,3 +118,17 @@ def test_what_was_foretold_of_a_pass_is_held_against_that_pass_alone(monkeypatch
         runner.execute_model(step)
 
     assert foretold == [None, None, 0.25, None]
+
+
+def test_of_a_step_without_drafts_every_request_counts_that_could_have_had_some() -> None:
+    names = ["first token", "one", "two", "in its prompt again"]
+    runner = object.__new__(TreeModelRunner)
+    runner._budget, runner.stats = None, Stats()
+    runner._batch = assemble({}, names, {}, [3, 4, 5, 9])
+    outputs: list[list[int]] = [[], [8], [8, 9], [8]]
+    runner.input_batch = SimpleNamespace(req_ids=names, req_output_token_ids=outputs)
+
+    runner._count(Walk([[7]] * 4, [[0]] * 4), frozenset([3]))
+
+    assert (runner.stats.num_engine_steps, runner.stats.num_steps, runner.stats.num_emitted_tokens) == (1, 2, 2)
+    assert (runner.stats.num_drafts, runner.stats.num_draft_tokens, runner.stats.num_accepted_tokens) == (0, 0, 0)
