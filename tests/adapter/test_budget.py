@@ -421,29 +421,73 @@ def pause_length(budget: Budget, batch_size: int) -> int:
     raise AssertionError
 
 
-def losing_budget() -> Budget:
+def losing_budget(draft_seconds: float = 0.05) -> Budget:
     """Return a budget that has seen what makes drafting lose: rows that cost a step, and time spent on drafting."""
     budget = Budget(PER_ROW, 8)
     for _ in range(15):
-        budget.observe_step(StepRecord(1, 2, True, 3.0, 0.5, 3.5))
+        budget.observe_step(StepRecord(1, 2, True, 3.0, draft_seconds, 3.0 + draft_seconds))
         budget.observe_step(plain_step(1.0))
     return budget
 
 
-def test_drafting_pauses_when_it_does_not_pay_and_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("draft_seconds", "expected"),
+    [
+        # searches of a twentieth of a step, one in fifteen steps
+        (0.05, [1, 2, 4, 8, 15, 15, 15]),
+        # what falls further short is tried more rarely
+        (0.2, [1, 4, 16, 60, 60, 60, 60]),
+        (0.5, [1, 16, 150, 150, 150, 150, 150]),
+        (5.0, [1, 512, 512, 512, 512, 512, 512]),
+        (0.0, [1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_drafting_pauses_when_it_does_not_pay_and_trials_become_rare(
+    monkeypatch: pytest.MonkeyPatch, draft_seconds: float, expected: list[int]
+) -> None:
     monkeypatch.setattr(budget_module, "_FIRST_PLAIN_STEP", -1)  # no plain step between
-    budget = losing_budget()
+    budget = losing_budget(draft_seconds)
     log_probs = np.log(np.array([[0.3, 0.1]]))
     assert drafts_until_pause(budget, log_probs) >= 1
 
     lengths = []
-    for _ in range(12):
-        lengths.append(pause_length(budget, 1))
+    for _ in expected:
+        lengths.append(pause_length(budget, 1) - 1)
         choose(budget, log_probs, [True])  # the trial decides alone
         assert not budget.should_draft(1)
 
-    longest = budget_module._LONGEST_PAUSE
-    assert lengths == [min(2**index, longest) + 1 for index in range(12)]
+    assert lengths == expected
+
+
+def test_drafts_that_do_not_pay_are_not_verified_but_once_in_four_times() -> None:
+    budget = Budget(FREE, 8)
+    log_probs = np.full((1, 1), -0.75)
+    for _ in range(15):  # the search takes all that a draft brings
+        budget.observe_step(StepRecord(1, 1, True, 1.0, 2.0, 3.0))
+        budget.observe_step(plain_step(1.0))
+    verified = []
+    for _ in range(8):
+        budget.load(1).on_trial = True
+        verified += choose(budget, log_probs, [True])
+
+    assert budget.load(1).gain < 1.0
+    assert verified == [0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_until_its_costs_are_known_drafting_is_verified_and_every_promise_counts_alone() -> None:
+    budget = Budget(FREE, 8)
+    likely, unlikely = np.full((1, 1), -0.05), np.full((1, 1), -5.0)
+    for num_seen in range(3):
+        assert choose(budget, likely, [True]) == [1]
+        assert budget.load(1).gain > 1.9
+        assert choose(budget, unlikely, [True]) == [1]
+        assert budget.load(1).gain < 1.03
+        assert budget.load(1).next_pause == 1, f"{num_seen} steps seen"
+        budget.observe_step(StepRecord(1, 1, True, 1.0, 0.01, 1.01))
+
+    choose(budget, likely, [True])
+
+    assert budget.load(1).gain < 1.2
 
 
 @pytest.mark.parametrize(
@@ -487,7 +531,7 @@ def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
         choose(budget, hopeless, [True])
         assert not budget.should_draft(1)
     pause_length(budget, 1)
-    assert budget.load(1).next_pause == 32
+    assert budget.load(1).next_pause == 30
     for _ in range(100):  # meanwhile drafting has become cheap
         budget.observe_step(StepRecord(1, 4, True, 1.0, 0.01, 1.01))
 

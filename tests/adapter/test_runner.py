@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -107,10 +108,12 @@ def test_what_was_foretold_of_a_pass_is_held_against_that_pass_alone(monkeypatch
         choose=lambda trees, chains, greedy: Choice([3], as_chains=False, forward_seconds=0.25),
         observe_step=lambda step: foretold.append(step.foretold_seconds),
     )
-    runner._batch = SimpleNamespace(trees=[SimpleNamespace(token_ids=[5])], num_branching=0)
+    runner._batch = SimpleNamespace(trees=[SimpleNamespace(token_ids=[5])], num_nodes=1, num_branching=0)
     runner._decoding, runner._step_started, runner._forward_seconds, runner._draft_seconds = {"a"}, 0.0, 0.0, None
     runner._foretold_seconds = runner._next_foretold_seconds = None
-    step = SimpleNamespace(num_scheduled_tokens={"a": 2}, scheduled_spec_decode_tokens={"a": [5]})
+    step = SimpleNamespace(
+        num_scheduled_tokens={"a": 2}, total_num_scheduled_tokens=2, scheduled_spec_decode_tokens={"a": [5]}
+    )
 
     runner.execute_model(step)  # learns from the step before, for which nothing was chosen
     runner._agreed_choice(CANDIDATES, [True])
@@ -132,3 +135,52 @@ def test_of_a_step_without_drafts_every_request_counts_that_could_have_had_some(
 
     assert (runner.stats.num_engine_steps, runner.stats.num_steps, runner.stats.num_emitted_tokens) == (1, 2, 2)
     assert (runner.stats.num_drafts, runner.stats.num_draft_tokens, runner.stats.num_accepted_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_without_drafts_is_prepared_as_plain_vllm_does(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    prepared_with: list[object] = []
+
+    def prepare(self: TreeModelRunner, output: object, scheduled: object) -> str:
+        prepared_with.append(self.speculative_config)
+        if fails:
+            raise RuntimeError("out of something")
+        return "what vLLM returns"
+
+    monkeypatch.setattr(CPUModelRunner, "_prepare_inputs", prepare)
+    runner = object.__new__(TreeModelRunner)
+    runner.speculative_config, runner._proposed, runner.stats = "ours", {}, Stats()
+    runner._batch = assemble({}, [], {}, [])
+    runner.input_batch = SimpleNamespace(req_ids=["a", "b"])
+    runner.positions, runner.input_ids = torch.arange(4), SimpleNamespace(gpu=torch.tensor([5, -1, -1, 5]))
+    steps = ({}, {"a": [-1, -1]})
+    for drafts in steps:
+        output = SimpleNamespace(scheduled_spec_decode_tokens=drafts, finished_req_ids=set())
+        scheduled = np.array([1 + len(drafts.get(name, [])) for name in ("a", "b")])
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            assert runner._prepare_inputs(output, scheduled) == "what vLLM returns"
+        assert runner.speculative_config == "ours"
+
+    assert prepared_with == [None, "ours"]
+    if not fails:
+        assert runner._batch.num_nodes == 2
+        assert runner.input_ids.gpu.tolist() == [5, 0, 0, 5], "padding has a token that can be looked up"
+
+
+def test_where_nothing_is_drafted_vllm_is_told_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
+    runner = object.__new__(TreeModelRunner)
+    runner.stats, runner.input_batch = Stats(), SimpleNamespace(req_ids=["a", "b"])
+    asked: list[int] = []
+    runner._budget = SimpleNamespace(should_draft=lambda batch_size: bool(asked.append(batch_size)))
+    runner._draft_seconds = 1.0
+
+    def propose(tokens: list[list[int]]) -> list[list[int]]:
+        return runner.propose_draft_token_ids(None, tokens, None, torch.zeros(2, 1), torch.zeros(2, 1), None)
+
+    assert propose([[], []]) == [], "all are in the middle of their prompts"
+    assert propose([[], [7]]) == []
+
+    assert asked == [1]
+    assert runner.stats.num_skipped_drafts == 1
+    assert runner._draft_seconds is None

@@ -105,6 +105,7 @@ def test_segments_of_any_batch_equal_those_of_a_naive_derivation(seed: int) -> N
     batch = assemble(proposed, names, scheduled, query_ends)
 
     assert batch.segments(query_ends, num_computed) == expected
+    assert batch.num_nodes == sum(map(len, scheduled.values()))
     assert batch.num_branching == sum(len(segments) > 1 for segments in expected)
     assert batch.num_truncated == batch.num_replaced == 0
     covered = [row for segments in expected for segment in segments for row in range(segment.start, segment.end)]
@@ -157,7 +158,7 @@ def test_a_step_without_drafts_is_that_of_requests_without_drafts() -> None:
     with_another = assemble({"b": tree}, ["p", "a", "b"], {"b": tree.token_ids}, [3, 4, 9])
     assert alone.trees == with_another.trees[:2]
     assert (alone.root_rows, alone.logit_rows) == (with_another.root_rows[:2], with_another.logit_rows[:2])
-    assert not alone.has_drafts
+    assert alone.num_nodes == 0
     assert (alone.num_branching, alone.num_truncated, alone.num_replaced) == (0, 0, 0)
 
 

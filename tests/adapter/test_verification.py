@@ -447,7 +447,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_walks_and_plain_sampling_both_have_the_exact_distribution(options: tuple[Any, ...]) -> None:
     rows = list(range(0, NUM_SAMPLES * len(NODES), len(NODES)))
-    batch = TreeBatch([SHAPE] * NUM_SAMPLES, rows, rows, NUM_SAMPLES, 0, 0)
+    batch = TreeBatch([SHAPE] * NUM_SAMPLES, rows, rows, NUM_SAMPLES * len(SHAPE.token_ids), NUM_SAMPLES, 0, 0)
     table = torch.stack([small_target(node) for node in NODES])
     outputs: list[list[int]] = [[] for _ in range(NUM_SAMPLES)]
 

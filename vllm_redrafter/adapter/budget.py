@@ -45,7 +45,10 @@ _LEAST_GAIN_PER_DOUBLING = 0.02
 _TRIAL_INTERVAL = 16  # choices of which one is the least known
 _TRIAL_WORTH = 0.96  # of the best one's tokens per second, which it promises at least
 _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
-_LONGEST_PAUSE = 128  # steps without drafting before it is tried again
+_SHORTFALL = 0.1  # of a promise, for which the next pause is twice as long: the worse, the longer it will take to pay
+_SEARCH_SHARE = 1 / 300  # of the time, which searches take that only tell whether drafts would pay by now
+_LONGEST_PAUSE = 512  # steps without drafting before it is tried again, however dear that is
+_TRIALS_PER_VERIFICATION = 4  # trials of drafts that do not pay, one of which verifies them all the same
 
 
 class StepTimes(NamedTuple):
@@ -205,8 +208,26 @@ class Load:
         self.pause = 0
         """Steps left without drafting."""
         self.next_pause = 1
+        self.num_failures = 0
+        """Choices that were known not to pay."""
         self.on_trial = False
         """Whether the next choice decides alone: it is the first one after a pause."""
+
+    def knows_costs(self, num_nodes: int) -> bool:
+        """Return whether enough steps have drafted, and verified if so many nodes look best, to believe a promise."""
+        return len(self.draft_seconds) >= _ENOUGH_PASSES and (
+            num_nodes == 0 or len(self.other_seconds) >= _ENOUGH_PASSES
+        )
+
+    def lengthen_pause(self, plain_seconds: float) -> None:
+        """Put the next trial off for longer, the further `gain` falls short and the dearer a search is.
+
+        Args:
+            plain_seconds: of a step without drafts.
+        """
+        longest = _median(self.draft_seconds, 0.0) / (_SEARCH_SHARE * plain_seconds)
+        doublings = int((self.least_gain - self.gain) / _SHORTFALL)
+        self.next_pause = max(1, min(self.next_pause << doublings, int(longest), _LONGEST_PAUSE))
 
 
 class StepRecord(NamedTuple):
@@ -335,13 +356,22 @@ class Budget:
         load.speed, load.marginal_probability = options.speeds[best], options.marginal_probability()
         expected_tokens = load.speed * (options.forward_seconds[best] + overhead)
         late_seconds = options.forward_seconds[best] * _median(load.lateness, 1.0) + overhead
-        promise = expected_tokens / late_seconds * self._plain_seconds(load, len(trees), ratios) / len(trees)
-        load.gain += (1.0 if load.on_trial else _GAIN_WEIGHT) * (promise - load.gain)
+        plain_seconds = self._plain_seconds(load, len(trees), ratios)
+        promise = expected_tokens / late_seconds * plain_seconds / len(trees)
+        is_known = load.knows_costs(best)
+        load.gain += (_GAIN_WEIGHT if is_known and not load.on_trial else 1.0) * (promise - load.gain)
         load.on_trial = False
-        if load.gain >= load.least_gain:
-            load.next_pause = 1
         load.num_choices += 1
         chosen = options.least_known() if load.num_choices % _TRIAL_INTERVAL == 0 else best
+        if load.gain >= load.least_gain:
+            load.next_pause = 1
+        elif is_known:
+            load.lengthen_pause(plain_seconds)
+            load.num_failures += 1
+            # `best` takes the search's time as spent either way; but without drafts from now on, that time buys more.
+            # Now and then they are verified all the same: what is known of such passes may be of a slow moment
+            if load.num_failures % _TRIALS_PER_VERIFICATION:
+                chosen = 0
         shares = Counter(options.owners[:chosen])
         return Choice([shares[request] for request in range(len(trees))], as_chains, options.forward_seconds[chosen])
 

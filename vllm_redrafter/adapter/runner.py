@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,6 +53,7 @@ class TreeModelRunner(CPUModelRunner):
     """Schedules, verifies and proposes token trees as vLLM does draft chains: N nodes are N draft tokens."""
 
     drafter: ReDrafterProposer
+    speculative_config: Any
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -63,7 +64,7 @@ class TreeModelRunner(CPUModelRunner):
         self.stats = Stats()
         self._verifier = Verifier(self.sampler)
         self._proposed: dict[str, DraftTree] = {}
-        self._batch = TreeBatch([], [], [], 0, 0, 0)
+        self._batch = TreeBatch([], [], [], 0, 0, 0, 0)
         self._query_ends: list[int] = []
         self._tree_metadata: list[TreeAttentionMetadata] = []
         self._caches_served: dict[str, LayerCache] = {}
@@ -75,7 +76,7 @@ class TreeModelRunner(CPUModelRunner):
         self._foretold_seconds: float | None = None
         self._next_foretold_seconds: float | None = None
         """Those of the step that verifies what is being drafted."""
-        self._decoding: set[str] = set()
+        self._decoding: Set[str] = frozenset()
         self._has_foresight = foresight.is_possible(self.sampler)
         self._matrices = TargetMatrices(
             self.drafter.options.pack_target,
@@ -128,12 +129,11 @@ class TreeModelRunner(CPUModelRunner):
         scheduled = scheduler_output.num_scheduled_tokens
         # the engine was busy from one step to the next only if they serve the same requests
         if self._budget is not None and self._decoding and self._decoding == scheduled.keys():
-            num_nodes = sum(len(tree.token_ids) for tree in self._batch.trees)
             total = now - self._step_started
             self._budget.observe_step(
                 StepRecord(
                     len(self._batch.trees),
-                    num_nodes,
+                    self._batch.num_nodes,
                     self._batch.num_branching > 0,
                     self._forward_seconds,
                     self._draft_seconds,
@@ -142,8 +142,9 @@ class TreeModelRunner(CPUModelRunner):
                 )
             )
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        is_decoding = all(count == 1 + len(drafts.get(request, ())) for request, count in scheduled.items())
-        self._decoding = set(scheduled) if is_decoding else set()
+        # every request has one token more than drafts; only those that are at their prompt have more
+        is_decoding = scheduler_output.total_num_scheduled_tokens == len(scheduled) + sum(map(len, drafts.values()))
+        self._decoding = scheduled.keys() if is_decoding else frozenset()
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Let every request that samples draw from a generator of its own, also where it has no seed.
@@ -161,25 +162,36 @@ class TreeModelRunner(CPUModelRunner):
         return corrections
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any]) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        speculative_config = self.speculative_config
+        if not drafts:
+            # vLLM prepares for speculation in every step of an engine that may speculate; large batches mostly do not
+            self.speculative_config = None
+        try:
+            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        finally:
+            self.speculative_config = speculative_config
         started = time.perf_counter()
         self._query_ends = num_scheduled_tokens.cumsum().tolist()
-        self._batch = tree_batch.assemble(
-            self._proposed, self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._query_ends
-        )
+        self._batch = tree_batch.assemble(self._proposed, self.input_batch.req_ids, drafts, self._query_ends)
         if self._proposed:
             for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
                 self._proposed.pop(request, None)
+        if self._batch.num_nodes:
+            self._place_nodes()
+        self.stats.adapter_seconds += time.perf_counter() - started
+        return prepared
+
+    def _place_nodes(self) -> None:
+        """Give every node the position of its depth, and a token that has an embedding."""
         for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
             if not tree.token_ids:
                 continue
             rows = slice(root_row + 1, root_row + len(tree.depths))
             if self._batch.num_branching:
                 self.positions[rows] = self.positions[root_row] + torch.tensor(tree.depths[1:])
-            # vLLM pads with token -1, which has no embedding: any token will do, no walk can reach it
+            # vLLM pads with token -1: any token will do, no walk can reach it
             self.input_ids.gpu[rows].clamp_(min=0)
-        self.stats.adapter_seconds += time.perf_counter() - started
-        return prepared
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray[Any, Any], cu_num_scheduled_tokens: np.ndarray[Any, Any]
@@ -211,7 +223,7 @@ class TreeModelRunner(CPUModelRunner):
 
     def _attends_itself(self) -> bool:
         """Return whether this step needs more than the stock kernel, or is served by ours for less."""
-        return self._batch.num_branching > 0 or (self._batch.has_drafts and bool(self._caches_served))
+        return self._batch.num_branching > 0 or (self._batch.num_nodes > 0 and bool(self._caches_served))
 
     def _tree_attention(self, stock: Any, builder: Any, num_computed: list[int], in_one_pass: bool) -> TreeAttention:
         batch, ends = self._batch, self._query_ends
@@ -263,7 +275,7 @@ class TreeModelRunner(CPUModelRunner):
             for index, outputs in enumerate(self.input_batch.req_output_token_ids)
             if outputs and index not in discarded
         ]
-        if not batch.has_drafts:
+        if not batch.num_nodes:
             stats.count_plain(len(counted))
             return
         for index in counted:
@@ -304,20 +316,23 @@ class TreeModelRunner(CPUModelRunner):
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
-        """Return the nodes of every request's next tree, in the order of the batch, and remember the trees."""
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        active = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
+        """Return the nodes of every request's next tree, in the order of the batch, and remember the trees.
+
+        Nothing at all where nothing is drafted: vLLM looks at every request for which it is told something.
+        """
         self._draft_seconds = None
+        active = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         if not active:
-            return drafts
+            return []
         started = time.perf_counter()
+        floor = self._agreed_floor(active)
+        if floor is None:
+            self.stats.num_skipped_drafts += 1
+            return []
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         request_ids = [self.input_batch.req_ids[index] for index in active]
         parameters = [self.requests[request].sampling_params for request in request_ids]
         greedy = [is_greedy(each) for each in parameters]
-        floor = self._agreed_floor(greedy)
-        if floor is None:
-            self.stats.num_skipped_drafts += 1
-            return drafts
         init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
         rows = torch.tensor([self._last_rows[index] for index in active])
         handed_over = torch.cat([states[rows] for states in (hidden_states, *(aux_hidden_states or ()))], dim=-1)
@@ -348,11 +363,18 @@ class TreeModelRunner(CPUModelRunner):
             self.drafter.drafted_ids,
         )
 
-    def _agreed_floor(self, greedy: list[bool]) -> float | None:
-        """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing."""
+    def _agreed_floor(self, active: Sequence[int]) -> float | None:
+        """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing.
+
+        Args:
+            active: the requests that may be drafted for, by their places in the batch.
+        """
         if self._budget is None:
             return float("-inf")
-        floor = self._budget.floor(greedy) if self._budget.should_draft(len(greedy)) else math.nan
+        floor = math.nan
+        if self._budget.should_draft(len(active)):
+            request_ids = self.input_batch.req_ids
+            floor = self._budget.floor([is_greedy(self.requests[request_ids[i]].sampling_params) for i in active])
         (agreed,) = _from_first_rank([floor])
         return None if math.isnan(agreed) else agreed
 

@@ -97,17 +97,14 @@ class TreeBatch(NamedTuple):
     """Row of every root in the batch."""
     logit_rows: list[int]
     """Row of every root among the rows that logits are computed for."""
+    num_nodes: int
+    """Drafts to verify, summed over the trees."""
     num_branching: int
     """Trees that are not chains."""
     num_truncated: int
     """Trees of which the scheduler cut nodes off."""
     num_replaced: int
     """Drafts that are not the ones proposed (vLLM's padding), verified as chains."""
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether any request has something to verify."""
-        return any(tree.token_ids for tree in self.trees)
 
     def requests(self, query_ends: Sequence[int], num_computed: Sequence[int]) -> list[Segment]:
         """Return all rows of every request as one segment each, whose keys and values stand in the linear slots.
@@ -194,9 +191,8 @@ def assemble(
         query_ends: row behind the last of every request.
     """
     if not scheduled:  # as in most steps of a large batch, which has many requests and little time
-        return TreeBatch(
-            [ROOT] * len(request_ids), [end - 1 for end in query_ends], list(range(len(request_ids))), 0, 0, 0
-        )
+        root_rows = [end - 1 for end in query_ends]
+        return TreeBatch([ROOT] * len(request_ids), root_rows, list(range(len(request_ids))), 0, 0, 0, 0)
     trees, root_rows, logit_rows = [], [], []
     num_logits = num_truncated = num_replaced = 0
     for request_id, query_end in zip(request_ids, query_ends, strict=True):
@@ -215,7 +211,8 @@ def assemble(
         logit_rows.append(num_logits)
         num_logits += 1 + len(tokens)
     num_branching = sum(len(path_segments(tree.parents)) > 1 for tree in trees)
-    return TreeBatch(trees, root_rows, logit_rows, num_branching, num_truncated, num_replaced)
+    num_nodes = num_logits - len(trees)
+    return TreeBatch(trees, root_rows, logit_rows, num_nodes, num_branching, num_truncated, num_replaced)
 
 
 def path_segments(parents: Sequence[int]) -> list[tuple[int, int]]:

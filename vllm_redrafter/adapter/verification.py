@@ -77,7 +77,7 @@ class Verifier:
         if metadata.thinking_budget_state_holder is not None:
             # else it looks for the rows of vLLM's own speculation; every draw here is a step with one row per request
             metadata.thinking_budget_state_holder.in_spec_mode = False
-        if not batch.has_drafts:
+        if not batch.num_nodes:
             return self._sample_roots(logits, metadata, discarded)
         if is_plain_greedy(metadata):
             choices = self.sampler.greedy_sample(logits.float()).tolist()
