@@ -459,6 +459,17 @@ def test_drafting_pauses_when_it_does_not_pay_and_trials_become_rare(
     assert lengths == expected
 
 
+def test_of_a_long_pause_the_last_steps_and_one_in_eight_before_are_learnt_from() -> None:
+    budget = Budget(FREE, 8)
+    budget.load(1).pause = 64
+    wanted = []
+    while budget.load(1).pause:
+        assert not budget.should_draft(1)
+        wanted.append(budget.wants_plain_step(1))
+
+    assert [63 - index for index, each in enumerate(wanted) if each] == [56, 48, 40, 32, *range(31, -1, -1)]
+
+
 def test_drafts_that_do_not_pay_are_not_verified_but_once_in_four_times() -> None:
     budget = Budget(FREE, 8)
     log_probs = np.full((1, 1), -0.75)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import math
 from types import SimpleNamespace
 
@@ -111,9 +110,8 @@ def test_what_was_foretold_of_a_pass_is_held_against_that_pass_alone(monkeypatch
     runner._batch = SimpleNamespace(trees=[SimpleNamespace(token_ids=[5])], num_nodes=1, num_branching=0)
     runner._decoding, runner._step_started, runner._forward_seconds, runner._draft_seconds = {"a"}, 0.0, 0.0, None
     runner._foretold_seconds = runner._next_foretold_seconds = None
-    step = SimpleNamespace(
-        num_scheduled_tokens={"a": 2}, total_num_scheduled_tokens=2, scheduled_spec_decode_tokens={"a": [5]}
-    )
+    runner.speculative_config, runner._is_plain = "ours", False
+    step = step_of({"a": 2}, {"a": [5]})
 
     runner.execute_model(step)  # learns from the step before, for which nothing was chosen
     runner._agreed_choice(CANDIDATES, [True])
@@ -137,50 +135,110 @@ def test_of_a_step_without_drafts_every_request_counts_that_could_have_had_some(
     assert (runner.stats.num_drafts, runner.stats.num_draft_tokens, runner.stats.num_accepted_tokens) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_step_without_drafts_is_prepared_as_plain_vllm_does(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    prepared_with: list[object] = []
+def step_of(counts: dict[str, int], drafts: dict[str, list[int]], new: tuple[str, ...] = ()) -> SimpleNamespace:
+    """Return what a scheduler says of a step, in so many rows for every request."""
+    return SimpleNamespace(
+        num_scheduled_tokens=counts,
+        total_num_scheduled_tokens=sum(counts.values()),
+        scheduled_spec_decode_tokens=drafts,
+        scheduled_new_reqs=list(new),
+    )
 
-    def prepare(self: TreeModelRunner, output: object, scheduled: object) -> str:
-        prepared_with.append(self.speculative_config)
-        if fails:
-            raise RuntimeError("out of something")
-        return "what vLLM returns"
 
-    monkeypatch.setattr(CPUModelRunner, "_prepare_inputs", prepare)
-    runner = object.__new__(TreeModelRunner)
-    runner.speculative_config, runner._proposed, runner.stats = "ours", {}, Stats()
-    runner._batch = assemble({}, [], {}, [])
-    runner.input_batch = SimpleNamespace(req_ids=["a", "b"])
-    runner.positions, runner.input_ids = torch.arange(4), SimpleNamespace(gpu=torch.tensor([5, -1, -1, 5]))
-    steps = ({}, {"a": [-1, -1]})
-    for drafts in steps:
-        output = SimpleNamespace(scheduled_spec_decode_tokens=drafts, finished_req_ids=set())
-        scheduled = np.array([1 + len(drafts.get(name, [])) for name in ("a", "b")])
-        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
-            assert runner._prepare_inputs(output, scheduled) == "what vLLM returns"
-        assert runner.speculative_config == "ours"
+class Steps:
+    """A runner of two requests whose steps do nothing but note what vLLM thinks of speculation meanwhile."""
 
-    assert prepared_with == [None, "ours"]
-    if not fails:
-        assert runner._batch.num_nodes == 2
-        assert runner.input_ids.gpu.tolist() == [5, 0, 0, 5], "padding has a token that can be looked up"
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, is_automatic: bool = True, drafts: bool = False) -> None:
+        monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
+        monkeypatch.setattr(CPUModelRunner, "execute_model", lambda runner, *args: self.note())
+        monkeypatch.setattr(CPUModelRunner, "sample_tokens", lambda runner, *args: self.note())
+        self.noted: list[object] = []
+        self.asked: list[int] = []
+        self.error: Exception | None = None
+        self.runner = object.__new__(TreeModelRunner)
+        self.runner.speculative_config, self.runner.stats = "ours", Stats()
+        self.runner._decoding, self.runner._next_foretold_seconds = frozenset(), None
+        self.runner._batch = assemble({}, [], {}, [])
+        self.runner._budget = None
+        if is_automatic:
+            self.runner._budget = SimpleNamespace(
+                should_draft=lambda batch_size: (self.asked.append(batch_size), drafts)[1],
+                floor=lambda greedy: -len(greedy) / 2,
+                observe_step=lambda step: None,
+                wants_plain_step=lambda batch_size: True,
+            )
+        self.runner.input_batch = SimpleNamespace(req_ids=["a", "b"])
+        self.runner.requests = dict.fromkeys("ab", SimpleNamespace(sampling_params=SamplingParams(temperature=0)))
+
+    def note(self) -> None:
+        self.noted.append(self.runner.speculative_config)
+        if self.error is not None:
+            raise self.error
+
+    def run(self, step: SimpleNamespace) -> list[object]:
+        self.noted.clear()
+        self.runner.execute_model(step)
+        assert self.runner.speculative_config == "ours"
+        self.runner.sample_tokens(None)
+        assert self.runner.speculative_config == "ours"
+        return self.noted
+
+
+def test_a_step_that_neither_verifies_nor_drafts_is_plain_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+
+    assert steps.run(step_of({"a": 1, "b": 1}, {})) == [None, None]
+
+    assert steps.asked == [2]
+    assert steps.runner.stats.num_skipped_drafts == 1
+    steps.error = RuntimeError("out of something")
+    for call in (steps.runner.execute_model, steps.runner.sample_tokens):
+        with pytest.raises(RuntimeError):
+            call(step_of({"a": 1, "b": 1}, {}))
+        assert steps.runner.speculative_config == "ours"
+    assert steps.noted == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        step_of({"a": 1, "b": 3}, {"b": [7, 8]}),
+        step_of({"a": 1, "b": 9}, {}),
+        step_of({"a": 1, "b": 1}, {}, new=("b",)),
+        step_of({}, {}),
+    ],
+    ids=["drafts", "the rest of a prompt", "a prompt of one token", "nothing"],
+)
+def test_of_other_steps_vllm_knows_that_they_speculate(step: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    steps.run(step_of({"a": 1, "b": 1}, {}))
+    steps.runner._decoding = frozenset()
+
+    assert steps.run(step) == ["ours", "ours"]
+
+    assert steps.asked == [2], "it is asked when it is known who emits a token"
+
+
+@pytest.mark.parametrize("is_automatic", [False, True])
+def test_where_drafts_are_wanted_vllm_knows_that_it_speculates(
+    monkeypatch: pytest.MonkeyPatch, is_automatic: bool
+) -> None:
+    steps = Steps(monkeypatch, is_automatic=is_automatic, drafts=True)
+
+    assert steps.run(step_of({"a": 1, "b": 1}, {})) == ["ours", "ours"]
+
+    assert steps.runner._floor == (-1.0 if is_automatic else -math.inf)
 
 
 def test_where_nothing_is_drafted_vllm_is_told_of_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
-    runner = object.__new__(TreeModelRunner)
-    runner.stats, runner.input_batch = Stats(), SimpleNamespace(req_ids=["a", "b"])
-    asked: list[int] = []
-    runner._budget = SimpleNamespace(should_draft=lambda batch_size: bool(asked.append(batch_size)))
-    runner._draft_seconds = 1.0
+    steps = Steps(monkeypatch)
+    steps.runner._floor = None
 
     def propose(tokens: list[list[int]]) -> list[list[int]]:
-        return runner.propose_draft_token_ids(None, tokens, None, torch.zeros(2, 1), torch.zeros(2, 1), None)
+        return steps.runner.propose_draft_token_ids(None, tokens, None, torch.zeros(2, 1), torch.zeros(2, 1), None)
 
     assert propose([[], []]) == [], "all are in the middle of their prompts"
     assert propose([[], [7]]) == []
 
-    assert asked == [1]
-    assert runner.stats.num_skipped_drafts == 1
-    assert runner._draft_seconds is None
+    assert steps.asked == [1]
+    assert steps.runner.stats.num_skipped_drafts == 1

@@ -14,6 +14,7 @@ from vllm_redrafter.adapter.tree_batch import (
     best_paths,
     best_tree,
     chain_of,
+    of_roots,
     path_segments,
     path_to,
 )
@@ -150,16 +151,8 @@ def test_drafts_that_are_not_the_proposed_ones_are_verified_as_a_chain() -> None
         assert batch.num_replaced == 1
 
 
-def test_a_step_without_drafts_is_that_of_requests_without_drafts() -> None:
-    tree = tree_of([(1, 2), (3,)])
-
-    alone = assemble({"a": tree}, ["p", "a"], {}, [3, 4])
-
-    with_another = assemble({"b": tree}, ["p", "a", "b"], {"b": tree.token_ids}, [3, 4, 9])
-    assert alone.trees == with_another.trees[:2]
-    assert (alone.root_rows, alone.logit_rows) == (with_another.root_rows[:2], with_another.logit_rows[:2])
-    assert alone.num_nodes == 0
-    assert (alone.num_branching, alone.num_truncated, alone.num_replaced) == (0, 0, 0)
+def test_a_step_with_a_row_per_request_is_that_of_requests_without_drafts() -> None:
+    assert of_roots(3) == assemble({}, ["a", "b", "c"], {}, [1, 2, 3])
 
 
 def test_requests_without_drafts_have_a_tree_of_the_root_alone_in_their_last_row() -> None:

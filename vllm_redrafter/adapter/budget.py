@@ -48,6 +48,8 @@ _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability o
 _SHORTFALL = 0.1  # of a promise, for which the next pause is twice as long: the worse, the longer it will take to pay
 _SEARCH_SHARE = 1 / 300  # of the time, which searches take that only tell whether drafts would pay by now
 _LONGEST_PAUSE = 512  # steps without drafting before it is tried again, however dear that is
+_LONG_PAUSE = 32  # steps left, before which there is time enough to learn what plain decoding costs
+_PLAIN_STEPS_PER_LESSON = 8  # so far from the next trial
 _TRIALS_PER_VERIFICATION = 4  # trials of drafts that do not pay, one of which verifies them all the same
 
 
@@ -324,6 +326,11 @@ class Budget:
             load.pause = 1  # two in a row: the step between them has neither drafts nor drafting
             return False
         return True
+
+    def wants_plain_step(self, batch_size: int) -> bool:
+        """Return whether to learn from a step without drafts: of those in a long pause, one in eight tells enough."""
+        pause = self.load(batch_size).pause
+        return pause < _LONG_PAUSE or pause % _PLAIN_STEPS_PER_LESSON == 0
 
     def floor(self, is_greedy: Sequence[bool]) -> float:  # [batch]
         """Return the cumulative log-probability below which neither a node nor looking deeper pays."""

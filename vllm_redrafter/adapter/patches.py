@@ -174,6 +174,7 @@ CONTRACTS = (
     Contract("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
     Contract("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", ()),
     Contract(_RUNNER, "GPUModelRunner.execute_model", ("scheduler_output", "intermediate_tensors")),
+    Contract(_RUNNER, "GPUModelRunner.sample_tokens", ("grammar_output",)),
     Contract(_RUNNER, "GPUModelRunner._get_eagle3_aux_layers_from_config", ()),
     Contract(_RUNNER, "GPUModelRunner._dummy_run", ("num_tokens",)),
     Contract(_RUNNER, "GPUModelRunner._update_states", ("scheduler_output",)),

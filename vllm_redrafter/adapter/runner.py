@@ -2,6 +2,7 @@
 
 What a step does differently, in the order in which a step does it:
 
+    execute_model              decides whether there is anything to do for drafts: if not, the step is vLLM's own
     _update_states             a generator for every request that samples
     _prepare_inputs            which trees this step verifies; node i of a tree stands at position context + depth
     _build_attention_metadata  the attention of branching trees
@@ -11,10 +12,11 @@ What a step does differently, in the order in which a step does it:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,6 +50,10 @@ from vllm_redrafter.kernels.cpu_tree_attention import LayerCache
 
 Number = TypeVar("Number", int, float)
 
+_NOWHERE = Walk([], [])
+"""Where requests without trees go."""
+_NOBODY: frozenset[int] = frozenset()
+
 
 class TreeModelRunner(CPUModelRunner):
     """Schedules, verifies and proposes token trees as vLLM does draft chains: N nodes are N draft tokens."""
@@ -69,6 +75,7 @@ class TreeModelRunner(CPUModelRunner):
         self._tree_metadata: list[TreeAttentionMetadata] = []
         self._caches_served: dict[str, LayerCache] = {}
         self._last_rows: list[int] = []
+        self._discarded = _NOBODY
         self._budget: Budget | None = None
         self._step_started = 0.0
         self._forward_seconds = 0.0
@@ -77,6 +84,11 @@ class TreeModelRunner(CPUModelRunner):
         self._next_foretold_seconds: float | None = None
         """Those of the step that verifies what is being drafted."""
         self._decoding: Set[str] = frozenset()
+        """The requests of a step, if none of them is at its prompt."""
+        self._is_plain = False
+        """Whether the step neither verifies nor drafts anything."""
+        self._floor: float | None = None
+        """Down to where to search after a step that verifies nothing, if that was worth saying before it."""
         self._has_foresight = foresight.is_possible(self.sampler)
         self._matrices = TargetMatrices(
             self.drafter.options.pack_target,
@@ -118,33 +130,70 @@ class TreeModelRunner(CPUModelRunner):
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Run the forward pass as vLLM does; its time tells the budget what a step costs."""
         now = time.perf_counter()
-        self._learn_from_last_step(scheduler_output, now)
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._learn_from_last_step(scheduled.keys(), now)
+        num_drafts = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        # every request has one token more than drafts; only those that are at their prompt have more
+        is_decoding = scheduler_output.total_num_scheduled_tokens == len(scheduled) + num_drafts
+        self._decoding = scheduled.keys() if is_decoding else frozenset()
         self._step_started = now
         self._foretold_seconds, self._next_foretold_seconds = self._next_foretold_seconds, None
-        output = super().execute_model(scheduler_output, intermediate_tensors)
+        self._draft_seconds = None
+        self._decide_ahead(scheduler_output)
+        with self._left_alone():
+            output = super().execute_model(scheduler_output, intermediate_tensors)
         self._forward_seconds = time.perf_counter() - now
         return output
 
-    def _learn_from_last_step(self, scheduler_output: Any, now: float) -> None:
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Draw tokens and draft the next ones as vLLM does, or not draft at all."""
+        with self._left_alone():
+            return super().sample_tokens(grammar_output)
+
+    def _decide_ahead(self, scheduler_output: Any) -> None:
+        """Decide whether to draft after a step that verifies nothing and in which every request emits a token."""
         scheduled = scheduler_output.num_scheduled_tokens
-        # the engine was busy from one step to the next only if they serve the same requests
-        if self._budget is not None and self._decoding and self._decoding == scheduled.keys():
-            total = now - self._step_started
-            self._budget.observe_step(
-                StepRecord(
-                    len(self._batch.trees),
-                    self._batch.num_nodes,
-                    self._batch.num_branching > 0,
-                    self._forward_seconds,
-                    self._draft_seconds,
-                    total,
-                    self._foretold_seconds,
-                )
+        is_known = self._decoding and not scheduler_output.scheduled_new_reqs
+        if not is_known or scheduler_output.scheduled_spec_decode_tokens:
+            self._floor, self._is_plain = None, False
+            return
+        self._floor = self._agreed_floor(scheduled)
+        self._is_plain = self._floor is None
+        self.stats.num_skipped_drafts += self._is_plain
+
+    @contextlib.contextmanager
+    def _left_alone(self) -> Iterator[None]:
+        """Let vLLM forget that it speculates while a step has nothing to do with drafts.
+
+        In every step of an engine that may speculate it prepares and looks for drafts, which takes a twentieth of the
+        time of a small model's step with many requests. Large batches mostly have none.
+        """
+        speculative_config = self.speculative_config
+        if self._is_plain:
+            self.speculative_config = None
+        try:
+            yield
+        finally:
+            self.speculative_config = speculative_config
+
+    def _learn_from_last_step(self, scheduled: Set[str], now: float) -> None:
+        """Tell the budget what it took, if nothing but decoding these requests was done from its start until now."""
+        budget = self._budget
+        if budget is None or not self._decoding or self._decoding != scheduled:
+            return
+        if self._is_plain and not budget.wants_plain_step(len(scheduled)):
+            return
+        budget.observe_step(
+            StepRecord(
+                len(self._batch.trees),
+                self._batch.num_nodes,
+                self._batch.num_branching > 0,
+                self._forward_seconds,
+                self._draft_seconds,
+                now - self._step_started,
+                self._foretold_seconds,
             )
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        # every request has one token more than drafts; only those that are at their prompt have more
-        is_decoding = scheduler_output.total_num_scheduled_tokens == len(scheduled) + sum(map(len, drafts.values()))
-        self._decoding = scheduled.keys() if is_decoding else frozenset()
+        )
 
     def _update_states(self, scheduler_output: Any) -> Any:
         """Let every request that samples draw from a generator of its own, also where it has no seed.
@@ -162,18 +211,14 @@ class TreeModelRunner(CPUModelRunner):
         return corrections
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any]) -> Any:
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        speculative_config = self.speculative_config
-        if not drafts:
-            # vLLM prepares for speculation in every step of an engine that may speculate; large batches mostly do not
-            self.speculative_config = None
-        try:
-            prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        finally:
-            self.speculative_config = speculative_config
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         started = time.perf_counter()
-        self._query_ends = num_scheduled_tokens.cumsum().tolist()
-        self._batch = tree_batch.assemble(self._proposed, self.input_batch.req_ids, drafts, self._query_ends)
+        if self._is_plain:
+            self._batch = tree_batch.of_roots(len(num_scheduled_tokens))
+        else:
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            self._query_ends = num_scheduled_tokens.cumsum().tolist()
+            self._batch = tree_batch.assemble(self._proposed, self.input_batch.req_ids, drafts, self._query_ends)
         if self._proposed:
             for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
                 self._proposed.pop(request, None)
@@ -190,8 +235,6 @@ class TreeModelRunner(CPUModelRunner):
             rows = slice(root_row + 1, root_row + len(tree.depths))
             if self._batch.num_branching:
                 self.positions[rows] = self.positions[root_row] + torch.tensor(tree.depths[1:])
-            # vLLM pads with token -1: any token will do, no walk can reach it
-            self.input_ids.gpu[rows].clamp_(min=0)
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray[Any, Any], cu_num_scheduled_tokens: np.ndarray[Any, Any]
@@ -207,7 +250,7 @@ class TreeModelRunner(CPUModelRunner):
     def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
         self._tree_metadata = []
-        if not self._attends_itself() or self._query_ends[-1] != num_tokens:
+        if self._is_plain or not self._attends_itself() or self._query_ends[-1] != num_tokens:
             return metadata, common
         started = time.perf_counter()
         num_computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist()
@@ -235,8 +278,11 @@ class TreeModelRunner(CPUModelRunner):
     def _sample(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         started = time.perf_counter()
         batch = self._batch
-        discarded = self._discarded()
+        discarded = self._discarded = self._find_discarded()
         sampling_metadata = self.input_batch.sampling_metadata
+        if self._is_plain:
+            self._count(_NOWHERE, discarded)
+            return self._verifier.sample_roots(logits, sampling_metadata, discarded)
         outputs = self.input_batch.req_output_token_ids
         output, walk = self._verifier.verify(batch, logits, sampling_metadata, outputs, discarded)
         self._commit(walk)
@@ -291,15 +337,16 @@ class TreeModelRunner(CPUModelRunner):
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
         generators = self.input_batch.generators
-        hidden = {index: generators.pop(index) for index in self._discarded() if index in generators}
+        hidden = {index: generators.pop(index) for index in self._discarded if index in generators}
         try:
             return super()._bookkeeping_sync(scheduler_output, sampler_output, *args, **kwargs)
         finally:
             generators.update(hidden)
 
-    def _discarded(self) -> frozenset[int]:
+    def _find_discarded(self) -> frozenset[int]:
         """Return the requests in the middle of their prompt: vLLM drops what is sampled for them."""
-        return frozenset(np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist())
+        is_discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        return frozenset(np.nonzero(is_discarded)[0].tolist()) if is_discarded.any() else _NOBODY
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # the drafter has no positions; stock vLLM would propose zeros to the whole batch near max_model_len
@@ -320,17 +367,16 @@ class TreeModelRunner(CPUModelRunner):
 
         Nothing at all where nothing is drafted: vLLM looks at every request for which it is told something.
         """
-        self._draft_seconds = None
         active = [index for index, tokens in enumerate(sampled_token_ids) if tokens]
         if not active:
             return []
         started = time.perf_counter()
-        floor = self._agreed_floor(active)
+        request_ids = [self.input_batch.req_ids[index] for index in active]
+        floor = self._agreed_floor(request_ids) if self._floor is None else self._floor
         if floor is None:
             self.stats.num_skipped_drafts += 1
             return []
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        request_ids = [self.input_batch.req_ids[index] for index in active]
         parameters = [self.requests[request].sampling_params for request in request_ids]
         greedy = [is_greedy(each) for each in parameters]
         init_ids = torch.tensor([sampled_token_ids[index][-1] for index in active])
@@ -363,18 +409,13 @@ class TreeModelRunner(CPUModelRunner):
             self.drafter.drafted_ids,
         )
 
-    def _agreed_floor(self, active: Sequence[int]) -> float | None:
-        """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing.
-
-        Args:
-            active: the requests that may be drafted for, by their places in the batch.
-        """
+    def _agreed_floor(self, request_ids: Collection[str]) -> float | None:
+        """Return the log-probability down to which to search, the same on all ranks, or None to draft nothing."""
         if self._budget is None:
             return float("-inf")
         floor = math.nan
-        if self._budget.should_draft(len(active)):
-            request_ids = self.input_batch.req_ids
-            floor = self._budget.floor([is_greedy(self.requests[request_ids[i]].sampling_params) for i in active])
+        if self._budget.should_draft(len(request_ids)):
+            floor = self._budget.floor([is_greedy(self.requests[each].sampling_params) for each in request_ids])
         (agreed,) = _from_first_rank([floor])
         return None if math.isnan(agreed) else agreed
 

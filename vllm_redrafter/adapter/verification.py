@@ -74,11 +74,10 @@ class Verifier:
             discarded: requests in the middle of their prompt: vLLM drops what is drawn for them, so nothing may be
                 drawn from their generators.
         """
-        if metadata.thinking_budget_state_holder is not None:
-            # else it looks for the rows of vLLM's own speculation; every draw here is a step with one row per request
-            metadata.thinking_budget_state_holder.in_spec_mode = False
         if not batch.num_nodes:
-            return self._sample_roots(logits, metadata, discarded)
+            output = self.sample_roots(logits, metadata, discarded)
+            return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
+        _draw_by_steps(metadata)
         if is_plain_greedy(metadata):
             choices = self.sampler.greedy_sample(logits.float()).tolist()
             walked = walk(
@@ -93,17 +92,17 @@ class Verifier:
             del output[length:]
         return SamplerOutput(_padded(walked.tokens), draw.logprobs()), walked
 
-    def _sample_roots(
-        self, logits: torch.Tensor, metadata: SamplingMetadata, discarded: frozenset[int]
-    ) -> tuple[SamplerOutput, Walk]:
+    def sample_roots(
+        self,
+        logits: torch.Tensor,  # [batch, vocab_size]
+        metadata: SamplingMetadata,
+        discarded: frozenset[int],
+    ) -> SamplerOutput:
         """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
-        if is_plain_greedy(metadata):
-            output = SamplerOutput(self.sampler.greedy_sample(logits.float()).int()[:, None], None)
-        else:
-            if discarded:
-                metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
-            output = self.sampler(logits, metadata)
-        return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
+        _draw_by_steps(metadata)
+        if discarded:
+            metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
+        return self.sampler(logits, metadata)
 
 
 class _SamplerDraw:
@@ -167,6 +166,15 @@ def _padded(tokens: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return vLLM's form of what was emitted, [batch, most tokens] int32, with -1 behind the last token."""
     width = max(len(row) for row in tokens)
     return torch.tensor([[*row, *[-1] * (width - len(row))] for row in tokens], dtype=torch.int32)
+
+
+def _draw_by_steps(metadata: SamplingMetadata) -> None:
+    """Tell what forces the end of thinking that every draw is a step with one row per request.
+
+    It looks for the rows of vLLM's own speculation otherwise.
+    """
+    if metadata.thinking_budget_state_holder is not None:
+        metadata.thinking_budget_state_holder.in_spec_mode = False
 
 
 def _drawing_for(requests: Set[int], metadata: SamplingMetadata) -> SamplingMetadata:
