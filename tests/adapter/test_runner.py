@@ -9,6 +9,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from tests.adapter.trees import tree_of
 from vllm_redrafter.adapter import runner as runner_module
 from vllm_redrafter.adapter.budget import Choice, StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
@@ -242,3 +243,21 @@ def test_where_nothing_is_drafted_vllm_is_told_of_no_request(monkeypatch: pytest
 
     assert steps.asked == [1]
     assert steps.runner.stats.num_skipped_drafts == 1
+
+
+def test_nodes_stand_at_the_positions_of_their_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUModelRunner, "_prepare_inputs", lambda self, output, counts: "what vLLM returns")
+    tree = tree_of([(1, 2), (3,)])
+    runner = object.__new__(TreeModelRunner)
+    runner._proposed, runner.stats, runner._is_plain = {"b": tree, "c": tree}, Stats(), False
+    runner.input_batch = SimpleNamespace(req_ids=["a", "b", "c", "d"])
+    output = SimpleNamespace(
+        scheduled_spec_decode_tokens={"b": tree.token_ids, "c": tree.token_ids[:1]}, finished_req_ids=set()
+    )
+    linear = [0, 1, 2, 40, 41, 42, 43, 70, 71, 90]
+    runner.positions = torch.tensor([*linear, 5])
+
+    assert runner._prepare_inputs(output, np.array([3, 4, 2, 1])) == "what vLLM returns"
+
+    assert runner.positions.tolist() == [0, 1, 2, 40, 41, 42, 41, 70, 71, 90, 5]
+    assert runner._proposed == {}

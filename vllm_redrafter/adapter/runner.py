@@ -222,19 +222,18 @@ class TreeModelRunner(CPUModelRunner):
         if self._proposed:
             for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
                 self._proposed.pop(request, None)
-        if self._batch.num_nodes:
+        if self._batch.num_branching:
             self._place_nodes()
         self.stats.adapter_seconds += time.perf_counter() - started
         return prepared
 
     def _place_nodes(self) -> None:
-        """Give every node the position of its depth, and a token that has an embedding."""
+        """Move every node to the position of its depth: vLLM has put node i where a chain's would be."""
+        moves = [0] * self._query_ends[-1]
         for root_row, tree in zip(self._batch.root_rows, self._batch.trees, strict=True):
-            if not tree.token_ids:
-                continue
-            rows = slice(root_row + 1, root_row + len(tree.depths))
-            if self._batch.num_branching:
-                self.positions[rows] = self.positions[root_row] + torch.tensor(tree.depths[1:])
+            for node, depth in enumerate(tree.depths):
+                moves[root_row + node] = depth - node
+        self.positions[: len(moves)] += torch.tensor(moves)
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray[Any, Any], cu_num_scheduled_tokens: np.ndarray[Any, Any]
