@@ -459,15 +459,15 @@ def test_drafting_pauses_when_it_does_not_pay_and_trials_become_rare(
     assert lengths == expected
 
 
-def test_of_a_long_pause_the_last_steps_and_one_in_eight_before_are_learnt_from() -> None:
+def test_of_a_pause_the_last_step_and_one_in_eight_before_are_learnt_from() -> None:
     budget = Budget(FREE, 8)
-    budget.load(1).pause = 64
+    budget.load(1).pause = 28
     wanted = []
     while budget.load(1).pause:
         assert not budget.should_draft(1)
         wanted.append(budget.wants_plain_step(1))
 
-    assert [63 - index for index, each in enumerate(wanted) if each] == [56, 48, 40, 32, *range(31, -1, -1)]
+    assert [27 - index for index, each in enumerate(wanted) if each] == [24, 16, 8, 0]
 
 
 def test_drafts_that_do_not_pay_are_not_verified_but_once_in_four_times() -> None:
@@ -598,6 +598,19 @@ def test_plain_steps_are_measured_soon_after_the_start_and_now_and_then_afterwar
     assert all(pair[1] == pair[0] + 1 for pair in zip(skipped[::2], skipped[1::2], strict=True))
     asked_after = [step - number for number, step in enumerate(skipped[::2])]
     assert asked_after == [7, 15, 31, 63, 127, 255, 511, 767, 1023]
+
+
+def test_plain_steps_that_are_short_are_measured_when_others_have_warmed_them_up() -> None:
+    budget = Budget(StepTimes(np.array([1.0]), np.array([0.001])), 8)
+    drafted = []
+    for _ in range(14):
+        drafted.append(budget.should_draft(1))
+        if drafted[-1]:
+            choose(budget, np.log(np.array([[0.9, 0.8]])), [True])
+        elif budget.wants_plain_step(1):
+            assert drafted[-4:] == [False] * 4, "only the last one is learnt from"
+
+    assert drafted == [True] * 7 + [False] * 4 + [True] * 3
 
 
 def hopeful_budget(*plain_seconds: float) -> Budget:

@@ -48,8 +48,9 @@ _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability o
 _SHORTFALL = 0.1  # of a promise, for which the next pause is twice as long: the worse, the longer it will take to pay
 _SEARCH_SHARE = 1 / 300  # of the time, which searches take that only tell whether drafts would pay by now
 _LONGEST_PAUSE = 512  # steps without drafting before it is tried again, however dear that is
-_LONG_PAUSE = 32  # steps left, before which there is time enough to learn what plain decoding costs
-_PLAIN_STEPS_PER_LESSON = 8  # so far from the next trial
+_PLAIN_STEPS_PER_LESSON = 8  # in a pause, of which one is learnt from
+_COLD_SECONDS = 5e-3  # of a step: those that take less take visibly longer after steps of another kind
+_COLD_STEPS = 2  # so many
 _TRIALS_PER_VERIFICATION = 4  # trials of drafts that do not pay, one of which verifies them all the same
 
 
@@ -323,14 +324,14 @@ class Budget:
         load.num_drafted += 1
         if load.num_drafted == load.next_plain_step:
             load.next_plain_step += min(load.num_drafted, _PLAIN_STEP_INTERVAL)
-            load.pause = 1  # two in a row: the step between them has neither drafts nor drafting
+            # two in a row: the step between them has neither drafts nor drafting
+            load.pause = 1 if self._passes(batch_size)[batch_size] > _COLD_SECONDS else 1 + _COLD_STEPS
             return False
         return True
 
     def wants_plain_step(self, batch_size: int) -> bool:
-        """Return whether to learn from a step without drafts: of those in a long pause, one in eight tells enough."""
-        pause = self.load(batch_size).pause
-        return pause < _LONG_PAUSE or pause % _PLAIN_STEPS_PER_LESSON == 0
+        """Return whether to learn from a step without drafts: from the last one of a pause, and one in eight before."""
+        return self.load(batch_size).pause % _PLAIN_STEPS_PER_LESSON == 0
 
     def floor(self, is_greedy: Sequence[bool]) -> float:  # [batch]
         """Return the cumulative log-probability below which neither a node nor looking deeper pays."""

@@ -12,11 +12,10 @@ What a step does differently, in the order in which a step does it:
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -140,15 +139,13 @@ class TreeModelRunner(CPUModelRunner):
         self._foretold_seconds, self._next_foretold_seconds = self._next_foretold_seconds, None
         self._draft_seconds = None
         self._decide_ahead(scheduler_output)
-        with self._left_alone():
-            output = super().execute_model(scheduler_output, intermediate_tensors)
+        output = self._left_alone(super().execute_model, scheduler_output, intermediate_tensors)
         self._forward_seconds = time.perf_counter() - now
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Draw tokens and draft the next ones as vLLM does, or not draft at all."""
-        with self._left_alone():
-            return super().sample_tokens(grammar_output)
+        return self._left_alone(super().sample_tokens, grammar_output)
 
     def _decide_ahead(self, scheduler_output: Any) -> None:
         """Decide whether to draft after a step that verifies nothing and in which every request emits a token."""
@@ -161,18 +158,17 @@ class TreeModelRunner(CPUModelRunner):
         self._is_plain = self._floor is None
         self.stats.num_skipped_drafts += self._is_plain
 
-    @contextlib.contextmanager
-    def _left_alone(self) -> Iterator[None]:
-        """Let vLLM forget that it speculates while a step has nothing to do with drafts.
+    def _left_alone(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of vLLM that does not know that it speculates if this step has nothing to do with drafts.
 
-        In every step of an engine that may speculate it prepares and looks for drafts, which takes a twentieth of the
+        In every step of an engine that may speculate vLLM prepares and looks for drafts, which takes a twentieth of the
         time of a small model's step with many requests. Large batches mostly have none.
         """
-        speculative_config = self.speculative_config
-        if self._is_plain:
-            self.speculative_config = None
+        if not self._is_plain:
+            return method(*arguments)
+        speculative_config, self.speculative_config = self.speculative_config, None
         try:
-            yield
+            return method(*arguments)
         finally:
             self.speculative_config = speculative_config
 
@@ -309,21 +305,19 @@ class TreeModelRunner(CPUModelRunner):
 
     def _count(self, walk: Walk, discarded: frozenset[int]) -> None:
         """Count what was verified, for the statistics and for the budget."""
-        stats, batch = self.stats, self._batch
+        stats, batch, all_outputs = self.stats, self._batch, self.input_batch.req_output_token_ids
         stats.num_engine_steps += 1
         stats.num_truncated_trees += batch.num_truncated
         stats.num_chain_fallbacks += batch.num_replaced
         stats.num_branching_trees += batch.num_branching
-        # the first token comes with the prompt: there was nothing to speculate on
-        counted = [
-            index
-            for index, outputs in enumerate(self.input_batch.req_output_token_ids)
-            if outputs and index not in discarded
-        ]
+        # requests without outputs are left out: the first token comes with the prompt, nothing was there to speculate on
         if not batch.num_nodes:
-            stats.count_plain(len(counted))
+            num_waiting = all_outputs.count([]) + sum(bool(all_outputs[index]) for index in discarded)
+            stats.count_plain(len(all_outputs) - num_waiting)
             return
-        for index in counted:
+        for index, outputs in enumerate(all_outputs):
+            if not outputs or index in discarded:
+                continue
             request = self.requests[self.input_batch.req_ids[index]]
             tree, tokens, nodes = batch.trees[index], walk.tokens[index], walk.nodes[index]
             depth = len(nodes) - 1
@@ -335,6 +329,8 @@ class TreeModelRunner(CPUModelRunner):
 
     def _bookkeeping_sync(self, scheduler_output: Any, sampler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of discarded rows, which CPU generators cannot do; ours were not drawn from
+        if not self._discarded:
+            return super()._bookkeeping_sync(scheduler_output, sampler_output, *args, **kwargs)
         generators = self.input_batch.generators
         hidden = {index: generators.pop(index) for index in self._discarded if index in generators}
         try:

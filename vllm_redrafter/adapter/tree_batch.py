@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -212,6 +213,7 @@ def assemble(
     return TreeBatch(trees, root_rows, logit_rows, num_nodes, num_branching, num_truncated, num_replaced)
 
 
+@functools.cache
 def of_roots(num_requests: int) -> TreeBatch:
     """Return the trees of a step with one row per request: nothing is verified."""
     rows = list(range(num_requests))
