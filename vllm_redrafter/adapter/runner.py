@@ -310,7 +310,7 @@ class TreeModelRunner(CPUModelRunner):
         stats.num_truncated_trees += batch.num_truncated
         stats.num_chain_fallbacks += batch.num_replaced
         stats.num_branching_trees += batch.num_branching
-        # requests without outputs are left out: the first token comes with the prompt, nothing was there to speculate on
+        # requests without outputs are left out: the first token comes with the prompt, and nothing was drafted for it
         if not batch.num_nodes:
             num_waiting = all_outputs.count([]) + sum(bool(all_outputs[index]) for index in discarded)
             stats.count_plain(len(all_outputs) - num_waiting)
