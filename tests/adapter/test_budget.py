@@ -413,6 +413,14 @@ def drafts_until_pause(budget: Budget, log_probs: Floats) -> int:
     raise AssertionError("drafting never paused")
 
 
+def finish_trial(budget: Budget, log_probs: Floats) -> list[int]:
+    """Return how many nodes were chosen for the first request in the choices that decide whether to draft on."""
+    chosen = []
+    while budget.load(len(log_probs)).trial_promises is not None:
+        chosen.append(choose(budget, log_probs, [True] * len(log_probs))[0])
+    return chosen
+
+
 def pause_length(budget: Budget, batch_size: int) -> int:
     """Return how many steps in a row do not draft, the one that began the pause included."""
     for count in itertools.count(1):
@@ -433,10 +441,11 @@ def losing_budget(draft_seconds: float = 0.05) -> Budget:
 @pytest.mark.parametrize(
     ("draft_seconds", "expected"),
     [
-        # searches of a twentieth of a step, one in fifteen steps
-        (0.05, [1, 2, 4, 8, 15, 15, 15]),
+        # eight searches of a twentieth of a step, in 120 steps at most
+        (0.05, [1, 2, 4, 8, 16, 32, 64, 120, 120]),
         # what falls further short is tried more rarely
-        (0.2, [1, 4, 16, 60, 60, 60, 60]),
+        (0.2, [1, 4, 16, 64, 256, 480, 480]),
+        # a single search tells
         (0.5, [1, 16, 150, 150, 150, 150, 150]),
         (5.0, [1, 512, 512, 512, 512, 512, 512]),
         (0.0, [1, 1, 1, 1, 1, 1, 1]),
@@ -453,7 +462,7 @@ def test_drafting_pauses_when_it_does_not_pay_and_trials_become_rare(
     lengths = []
     for _ in expected:
         lengths.append(pause_length(budget, 1) - 1)
-        choose(budget, log_probs, [True])  # the trial decides alone
+        finish_trial(budget, log_probs)
         assert not budget.should_draft(1)
 
     assert lengths == expected
@@ -478,11 +487,11 @@ def test_drafts_that_do_not_pay_are_not_verified_but_once_in_four_times() -> Non
         budget.observe_step(plain_step(1.0))
     verified = []
     for _ in range(8):
-        budget.load(1).on_trial = True
-        verified += choose(budget, log_probs, [True])
+        budget.load(1).trial_promises = []
+        verified.append(finish_trial(budget, log_probs))
 
-    assert budget.load(1).gain < 1.0
-    assert verified == [0, 0, 0, 1, 0, 0, 0, 1]
+    assert budget.load(1).gain < 0.7
+    assert verified == [[0], [0], [0], [1], [0], [0], [0], [1]], "and what is hopeless is seen at once"
 
 
 def test_until_its_costs_are_known_drafting_is_verified_and_every_promise_counts_alone() -> None:
@@ -525,9 +534,13 @@ def test_a_promise_that_may_be_mistaken_or_not_be_kept_is_no_reason_to_draft(
     for _ in range(20):
         budget.observe_step(StepRecord(batch_size, batch_size, True, 1.0, draft_seconds, 1.0 + draft_seconds))
         budget.observe_step(plain_step(1.0, batch_size))
-    budget.load(batch_size).on_trial = True  # the next choice decides alone
+    budget.load(batch_size).trial_promises = []
 
-    choose(budget, np.full((batch_size, 1), log_prob), [True] * batch_size)
+    chosen = finish_trial(budget, np.full((batch_size, 1), log_prob))
+
+    assert len(chosen) == math.ceil(8 / batch_size)
+    assert chosen[:-1] == [1] * (len(chosen) - 1)
+    assert chosen[-1] == goes_on
 
     assert budget.load(batch_size).gain == pytest.approx(promise)
     assert budget.should_draft(batch_size) is goes_on
@@ -539,14 +552,14 @@ def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
     drafts_until_pause(budget, hopeless)
     for _ in range(4):
         pause_length(budget, 1)
-        choose(budget, hopeless, [True])
+        finish_trial(budget, hopeless)
         assert not budget.should_draft(1)
     pause_length(budget, 1)
-    assert budget.load(1).next_pause == 30
+    assert budget.load(1).next_pause == 32
     for _ in range(100):  # meanwhile drafting has become cheap
         budget.observe_step(StepRecord(1, 4, True, 1.0, 0.01, 1.01))
 
-    choose(budget, certain, [True])
+    finish_trial(budget, certain)
 
     assert budget.load(1).gain > 1.0
     assert budget.load(1).next_pause == 1
@@ -558,7 +571,7 @@ def test_passes_that_take_longer_than_foretold_make_promises_smaller(num_steps: 
     budget = Budget(FREE, max_nodes=1)
     for _ in range(num_steps):  # the first three are foretold by nothing that was seen
         budget.observe_step(StepRecord(1, 1, False, 1.0, 0.0, 1.0, foretold_seconds=0.8))
-    budget.load(1).on_trial = True
+    budget.load(1).trial_promises = []
 
     choice = budget.choose([[0.0]], [[-math.inf]], [True])
 
@@ -639,7 +652,7 @@ def hopeful_budget(*plain_seconds: float) -> Budget:
 )
 def test_one_slow_plain_step_does_not_make_drafts_look_good(plain_seconds: tuple[float, ...], expected: float) -> None:
     budget = hopeful_budget(*plain_seconds)
-    budget.load(1).on_trial = True  # the next choice decides alone
+    budget.load(1).trial_promises = []  # the next choices decide alone
     log_prob = -0.75
 
     choose(budget, np.array([[log_prob]]), [True])
@@ -652,7 +665,7 @@ def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_on
     for _ in range(15):
         budget.observe_step(StepRecord(1, 1, True, 1.0, 0.1, 1.6))
         budget.observe_step(StepRecord(1, 0, False, 1.0, None, 1.2))
-    budget.load(1).on_trial = True  # the next choice decides alone
+    budget.load(1).trial_promises = []  # the next choices decide alone
 
     choose(budget, np.array([[-0.75]]), [True])
 
@@ -666,7 +679,7 @@ def test_what_a_step_takes_that_drafts_and_verifies_nothing_is_not_what_one_with
         budget.observe_step(StepRecord(1, 0, False, 1.0, 0.1, 1.2))
         budget.observe_step(StepRecord(1, 1, True, 1.0, None, 1.5))
         budget.observe_step(plain_step(1.1))
-    budget.load(1).on_trial = True  # the next choice decides alone
+    budget.load(1).trial_promises = []  # the next choices decide alone
 
     choose(budget, np.array([[-0.75]]), [True])
 

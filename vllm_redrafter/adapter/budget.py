@@ -37,7 +37,10 @@ _PACE_WINDOW = 7  # the same for the machine's pace, which changes sooner
 _ENOUGH_PASSES = 3  # passes with so many nodes after which they stand for themselves
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256  # the most drafted steps between two of them: intervals double up to that
-_GAIN_WEIGHT = 0.1  # of a new promise in the moving average
+_GAIN_WEIGHT = 0.1  # of a new promise in the moving average; less where it is of fewer requests than these
+_MANY_REQUESTS = 4
+_TRIAL_SEARCHES = 8  # of single requests, after which a trial decides: what is promised for one token means little
+_HOPELESS = 0.7  # tokens per second, over those without drafts, at which it needs no more of them
 _LEAST_GAIN = 1.03  # drafts that promise less are left: times and acceptance are known no better than that
 # What a batch twice as large must promise on top: with drafts, requests that began together end apart, and the last
 # ones run in small batches. Seen in closed batches of 4 and 16 requests: 5 to 8% and 8 to 10% of what steps promise.
@@ -213,8 +216,30 @@ class Load:
         self.next_pause = 1
         self.num_failures = 0
         """Choices that were known not to pay."""
-        self.on_trial = False
-        """Whether the next choice decides alone: it is the first one after a pause."""
+        self.trial_promises: list[float] | None = None
+        """Those of the choices since a pause, which decide alone whether to draft on; None once they have."""
+        self.num_searches = 1
+        """Of the last trial."""
+
+    def add_promise(self, promise: float, batch_size: int, *, is_known: bool) -> None:
+        """Let a choice's tokens per second with drafts, over those without, count towards `gain`.
+
+        Args:
+            is_known: whether the costs behind it are; until then every promise counts alone.
+        """
+        if self.trial_promises is not None:
+            self.trial_promises.append(promise)
+            self.gain = sum(self.trial_promises) / len(self.trial_promises)
+            is_over = len(self.trial_promises) * batch_size >= _TRIAL_SEARCHES or self.gain < _HOPELESS
+            if is_over or not is_known:
+                self.num_searches, self.trial_promises = len(self.trial_promises), None
+            return
+        weight = _GAIN_WEIGHT * min(1.0, batch_size / _MANY_REQUESTS)
+        self.gain += (weight if is_known else 1.0) * (promise - self.gain)
+
+    def pays(self) -> bool:
+        """Return whether to go on drafting, as far as is known."""
+        return self.gain >= self.least_gain or self.trial_promises is not None
 
     def knows_costs(self, num_nodes: int) -> bool:
         """Return whether enough steps have drafted, and verified if so many nodes look best, to believe a promise."""
@@ -228,7 +253,7 @@ class Load:
         Args:
             plain_seconds: of a step without drafts.
         """
-        longest = _median(self.draft_seconds, 0.0) / (_SEARCH_SHARE * plain_seconds)
+        longest = self.num_searches * _median(self.draft_seconds, 0.0) / (_SEARCH_SHARE * plain_seconds)
         doublings = int((self.least_gain - self.gain) / _SHORTFALL)
         self.next_pause = max(1, min(self.next_pause << doublings, int(longest), _LONGEST_PAUSE))
 
@@ -316,10 +341,10 @@ class Budget:
         if load.pause > 0:
             load.pause -= 1
             return False
-        if load.gain < load.least_gain:
+        if not load.pays():
             load.pause = load.next_pause
             load.next_pause = min(2 * load.next_pause, _LONGEST_PAUSE)
-            load.gain, load.on_trial = load.least_gain, True
+            load.gain, load.trial_promises = load.least_gain, []
             return False
         load.num_drafted += 1
         if load.num_drafted == load.next_plain_step:
@@ -367,13 +392,13 @@ class Budget:
         plain_seconds = self._plain_seconds(load, len(trees), ratios)
         promise = expected_tokens / late_seconds * plain_seconds / len(trees)
         is_known = load.knows_costs(best)
-        load.gain += (_GAIN_WEIGHT if is_known and not load.on_trial else 1.0) * (promise - load.gain)
-        load.on_trial = False
+        load.add_promise(promise, len(trees), is_known=is_known)
         load.num_choices += 1
         chosen = options.least_known() if load.num_choices % _TRIAL_INTERVAL == 0 else best
         if load.gain >= load.least_gain:
-            load.next_pause = 1
-        elif is_known:
+            if load.trial_promises is None:
+                load.next_pause = 1
+        elif is_known and not load.pays():
             load.lengthen_pause(plain_seconds)
             load.num_failures += 1
             # `best` takes the search's time as spent either way; but without drafts from now on, that time buys more.
