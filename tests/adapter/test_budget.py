@@ -587,6 +587,19 @@ def test_one_bad_promise_outside_a_trial_does_not_stop_drafting() -> None:
     assert budget.should_draft(1)
 
 
+@pytest.mark.parametrize(("batch_size", "weight"), [(1, 0.025), (2, 0.05), (4, 0.1), (16, 0.1)])
+def test_the_promise_of_a_few_requests_moves_the_average_less(batch_size: int, weight: float) -> None:
+    budget = Budget(FREE, 1)
+    for _ in range(15):
+        budget.observe_step(StepRecord(batch_size, batch_size, True, 1.0, 0.0, 1.0))
+        budget.observe_step(plain_step(1.0, batch_size))
+    budget.load(batch_size).gain = 3.0
+
+    choose(budget, np.zeros((batch_size, 1)), [True] * batch_size)
+
+    assert budget.load(batch_size).gain == pytest.approx(3.0 - weight)
+
+
 def test_loads_are_judged_apart() -> None:
     budget = losing_budget()
     drafts_until_pause(budget, np.log(np.array([[0.3, 0.1]])))

@@ -245,6 +245,23 @@ def test_where_nothing_is_drafted_vllm_is_told_of_no_request(monkeypatch: pytest
     assert steps.runner.stats.num_skipped_drafts == 1
 
 
+def test_what_was_decided_before_a_step_is_not_decided_again_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, drafts=True)
+    runner, floors = steps.runner, []
+    runner._budget.choose = lambda trees, chains, greedy: Choice([0], as_chains=False)
+    runner._has_foresight, runner._last_rows, runner._proposed = False, [0, 1], {}
+    runner.drafter = SimpleNamespace(
+        search=lambda hidden, init_ids, floor, foresight: (floors.append(floor), CANDIDATES)[1],
+        trees=lambda candidates, budgets, linear: [tree_of([])],
+    )
+    steps.run(step_of({"a": 1, "b": 1}, {}))
+
+    runner.propose_draft_token_ids(None, [[], [7]], None, torch.zeros(2, 1), torch.zeros(2, 1), None)
+
+    assert steps.asked == [2]
+    assert floors == [-1.0], "that of the two requests of the step"
+
+
 def test_nodes_stand_at_the_positions_of_their_depths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CPUModelRunner, "_prepare_inputs", lambda self, output, counts: "what vLLM returns")
     tree = tree_of([(1, 2), (3,)])

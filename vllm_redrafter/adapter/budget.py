@@ -395,9 +395,8 @@ class Budget:
         load.add_promise(promise, len(trees), is_known=is_known)
         load.num_choices += 1
         chosen = options.least_known() if load.num_choices % _TRIAL_INTERVAL == 0 else best
-        if load.gain >= load.least_gain:
-            if load.trial_promises is None:
-                load.next_pause = 1
+        if load.trial_promises is None and load.pays():
+            load.next_pause = 1
         elif is_known and not load.pays():
             load.lengthen_pause(plain_seconds)
             load.num_failures += 1
