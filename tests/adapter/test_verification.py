@@ -231,10 +231,11 @@ def test_a_walk_that_hides_accepted_tokens_from_the_sampler_is_noticed(name: str
     assert differences > 5
 
 
-def test_requests_in_the_middle_of_their_prompt_draw_nothing() -> None:
+@pytest.mark.parametrize("num_drafts", [0, 3], ids=["beside plain decoding", "beside drafts"])
+def test_requests_in_the_middle_of_their_prompt_draw_nothing(num_drafts: int) -> None:
     cases = [CASES["seeded"], CASES["min_p"], CASES["seeded"]]
-    plain, _, _ = autoregressive(cases[1], 1, 4)
-    step = Step(cases, [chain_of([]), tree_of([plain[:3]]), chain_of([])], [0, 1, 2])
+    plain, _, _ = autoregressive(cases[1], 1, 1 + num_drafts)
+    step = Step(cases, [chain_of([]), chain_of(list(plain[:num_drafts])), chain_of([])], [0, 1, 2])
     before = [state.generator.get_state() for state in step.states]
 
     walked = step.verify(discarded=frozenset({0, 2}))[1]
