@@ -443,11 +443,9 @@ def losing_budget(draft_seconds: float = 0.05) -> Budget:
     [
         # eight searches of a twentieth of a step, in 120 steps at most
         (0.05, [1, 2, 4, 8, 16, 32, 64, 120, 120]),
-        # what falls further short is tried more rarely
-        (0.2, [1, 4, 16, 64, 256, 480, 480]),
-        # a single search tells
-        (0.5, [1, 16, 150, 150, 150, 150, 150]),
-        (5.0, [1, 512, 512, 512, 512, 512, 512]),
+        # and in 128 however dear they are: what made them dear may be over
+        (0.2, [1, 2, 4, 8, 16, 32, 64, 128, 128]),
+        (5.0, [1, 2, 4, 8, 16, 32, 64, 128, 128]),
         (0.0, [1, 1, 1, 1, 1, 1, 1]),
     ],
 )

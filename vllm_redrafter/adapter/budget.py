@@ -48,9 +48,8 @@ _LEAST_GAIN_PER_DOUBLING = 0.02
 _TRIAL_INTERVAL = 16  # choices of which one is the least known
 _TRIAL_WORTH = 0.96  # of the best one's tokens per second, which it promises at least
 _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
-_SHORTFALL = 0.1  # of a promise, for which the next pause is twice as long: the worse, the longer it will take to pay
 _SEARCH_SHARE = 1 / 300  # of the time, which searches take that only tell whether drafts would pay by now
-_LONGEST_PAUSE = 512  # steps without drafting before it is tried again, however dear that is
+_LONGEST_PAUSE = 128  # steps without drafting before it is tried again, however dear that is
 _PLAIN_STEPS_PER_LESSON = 8  # in a pause, of which one is learnt from
 _COLD_SECONDS = 5e-3  # of a step: those that take less take visibly longer after steps of another kind
 _COLD_STEPS = 2  # so many
@@ -247,15 +246,14 @@ class Load:
             num_nodes == 0 or len(self.other_seconds) >= _ENOUGH_PASSES
         )
 
-    def lengthen_pause(self, plain_seconds: float) -> None:
-        """Put the next trial off for longer, the further `gain` falls short and the dearer a search is.
+    def limit_pause(self, plain_seconds: float) -> None:
+        """Let the next trial come the sooner, the less a search takes.
 
         Args:
             plain_seconds: of a step without drafts.
         """
         longest = self.num_searches * _median(self.draft_seconds, 0.0) / (_SEARCH_SHARE * plain_seconds)
-        doublings = int((self.least_gain - self.gain) / _SHORTFALL)
-        self.next_pause = max(1, min(self.next_pause << doublings, int(longest), _LONGEST_PAUSE))
+        self.next_pause = max(1, min(self.next_pause, int(longest)))
 
 
 class StepRecord(NamedTuple):
@@ -398,7 +396,7 @@ class Budget:
         if load.trial_promises is None and load.pays():
             load.next_pause = 1
         elif is_known and not load.pays():
-            load.lengthen_pause(plain_seconds)
+            load.limit_pause(plain_seconds)
             load.num_failures += 1
             # `best` takes the search's time as spent either way; but without drafts from now on, that time buys more.
             # Now and then they are verified all the same: what is known of such passes may be of a slow moment
