@@ -11,7 +11,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from tests.adapter.trees import tree_of
 from vllm_redrafter.adapter import runner as runner_module
-from vllm_redrafter.adapter.budget import Choice, StepTimes
+from vllm_redrafter.adapter.budget import Choice
+from vllm_redrafter.adapter.costs import StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.target_matrices import TargetMatrices

@@ -37,7 +37,8 @@ from vllm_redrafter.adapter import attention, attention_pass, foresight, step_ti
 from vllm_redrafter.adapter.attention import TreeAttention, TreeAttentionMetadata
 from vllm_redrafter.adapter.attention_pass import TreePass
 from vllm_redrafter.adapter.attention_rounds import TreeRounds
-from vllm_redrafter.adapter.budget import Budget, StepRecord
+from vllm_redrafter.adapter.budget import Budget
+from vllm_redrafter.adapter.costs import StepRecord
 from vllm_redrafter.adapter.foresight import KnownDraws
 from vllm_redrafter.adapter.proposer import ReDrafterProposer
 from vllm_redrafter.adapter.stats import Stats

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_redrafter.adapter.budget import StepTimes, non_decreasing
+from vllm_redrafter.adapter.calibration import non_decreasing
+from vllm_redrafter.adapter.costs import StepTimes
 
 logger = init_logger(f"vllm.{__name__}")
 

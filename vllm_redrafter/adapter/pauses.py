@@ -1,0 +1,99 @@
+"""Whether to draft at all: as long as drafts promise enough, else on trial, more and more rarely."""
+
+from __future__ import annotations
+
+_GAIN_WEIGHT = 0.1  # of a new promise in the moving average; less where it is of fewer requests than these
+_MANY_REQUESTS = 4
+_LEAST_GAIN = 1.03  # drafts that promise less are left: times and acceptance are known no better than that
+# What a batch twice as large must promise on top: with drafts, requests that began together end apart, and the last
+# ones run in small batches. Seen in closed batches of 4 and 16 requests: 5 to 8% and 8 to 10% of what steps promise.
+_LEAST_GAIN_PER_DOUBLING = 0.02
+# And in short steps: steps of one kind after another kind take longer than their parts say. Seen with 1 and 2 requests
+# whose plain steps take 1.4 ms: promises of 1.09 came to 0.98.
+_SECONDS_OF_TURNS = 1e-4
+_TRIAL_SEARCHES = 8  # of single requests, after which a trial decides: what is promised for one token means little
+_HOPELESS = 0.7  # tokens per second, over those without drafts, at which it needs no more of them
+_SEARCH_SHARE = 1 / 300  # of the time, which searches take that only tell whether drafts would pay by now
+_LONG_PAUSE = 8  # steps without drafting, after which what was known of it before may be out of date
+_LONGEST_PAUSE = 128  # steps without drafting before it is tried again, however dear that is
+_FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
+_PLAIN_STEP_INTERVAL = 256  # the most drafted steps between two of them: intervals double up to that
+_PLAIN_STEPS_PER_LESSON = 8  # in a pause, of which one is learnt from
+_COLD_SECONDS = 5e-3  # of a step: those that take less take visibly longer after steps of another kind
+_COLD_STEPS = 2  # so many
+
+
+class Pauses:
+    """Decides whether to draft at one level of load.
+
+    Args:
+        level: 0 for one request, 1 for two or three, 2 for four to seven, ...
+        pass_seconds: what a forward pass of that many requests takes.
+    """
+
+    def __init__(self, level: int, pass_seconds: float) -> None:
+        self.least_gain = _LEAST_GAIN + _LEAST_GAIN_PER_DOUBLING * level + _SECONDS_OF_TURNS / pass_seconds
+        self.gain = self.least_gain
+        """Tokens per second with drafts over those without, as a moving average of what choices promised."""
+        self.left = 0
+        """Steps left without drafting."""
+        self.next_length = 1
+        """Steps of the next pause."""
+        self.trial: list[float] | None = None
+        """What was promised since a pause, which decides alone whether to draft on; None once it has."""
+        self._plain_steps_in_a_row = 1 if pass_seconds > _COLD_SECONDS else 1 + _COLD_STEPS
+        self._num_drafted = 0
+        self._next_plain_step = _FIRST_PLAIN_STEP  # drafted steps after which the next one without drafts is due
+        self._num_searches = 1  # of the last trial
+
+    def should_draft(self) -> bool:
+        """Return whether to draft after this step; counts the pauses."""
+        if self.left > 0:
+            self.left -= 1
+            return False
+        if not self.pays():
+            self.left, self.next_length = self.next_length, min(2 * self.next_length, _LONGEST_PAUSE)
+            self.gain, self.trial = self.least_gain, []
+            return False
+        self._num_drafted += 1
+        if self._num_drafted == self._next_plain_step:
+            self._next_plain_step += min(self._num_drafted, _PLAIN_STEP_INTERVAL)
+            # one more in a row than this: the step between them has neither drafts nor drafting
+            self.left = self._plain_steps_in_a_row
+            return False
+        return True
+
+    def wants_plain_step(self) -> bool:
+        """Return whether to learn from a step without drafts: from the last one of a pause, and one in eight before."""
+        return self.left % _PLAIN_STEPS_PER_LESSON == 0
+
+    def is_long_over(self) -> bool:
+        """Return whether a long pause has just ended: the next promise is the first one since."""
+        return self.trial == [] and self.next_length > _LONG_PAUSE
+
+    def pays(self) -> bool:
+        """Return whether to go on drafting, as far as is known."""
+        return self.gain >= self.least_gain or self.trial is not None
+
+    def add_promise(self, promise: float, batch_size: int, *, is_known: bool) -> None:
+        """Let a choice's tokens per second with drafts, over those without, count towards `gain`.
+
+        Args:
+            is_known: whether the costs behind it are; until then every promise counts alone.
+        """
+        if self.trial is not None:
+            self.trial.append(promise)
+            self.gain = sum(self.trial) / len(self.trial)
+            is_over = len(self.trial) * batch_size >= _TRIAL_SEARCHES or self.gain < _HOPELESS
+            if is_over or not is_known:
+                self._num_searches, self.trial = len(self.trial), None
+        else:
+            weight = _GAIN_WEIGHT * min(1.0, batch_size / _MANY_REQUESTS)
+            self.gain += (weight if is_known else 1.0) * (promise - self.gain)
+        if self.trial is None and self.pays():
+            self.next_length = 1
+
+    def limit(self, search_seconds: float, plain_seconds: float) -> None:
+        """Let the next trial come the sooner, the less a search takes of the time of a step without drafts."""
+        longest = self._num_searches * search_seconds / (_SEARCH_SHARE * plain_seconds)
+        self.next_length = max(1, min(self.next_length, int(longest)))
