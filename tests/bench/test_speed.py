@@ -138,6 +138,18 @@ def test_engines_that_do_not_fit_together_run_one_after_another() -> None:
     assert [result.speedup for result in results[0]] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_engines_start_as_often_as_asked_each_time_for_all_rounds(together: bool) -> None:
+    log: list[tuple[Any, ...]] = []
+
+    (results,) = measured(Plan([1], [0.0], num_rounds=2, num_starts=3), log, together=together)
+
+    assert [entry[1] for entry in log if entry[0] == "start"] == (
+        ["plain", "ngram"] * 3 if together else ["plain"] * 3 + ["ngram"] * 3
+    )
+    assert [len(result.rounds) for result in results] == [6, 6]
+
+
 def test_every_batch_size_has_engines_and_results_of_its_own() -> None:
     log: list[tuple[Any, ...]] = []
 

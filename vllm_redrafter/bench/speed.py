@@ -11,6 +11,7 @@ single tokens, and what a server adds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class Plan:
     """Of an answer that has not ended by itself."""
     num_prompts: int | None = None
     """Requests per batch size; twice the batch size by default, and at least 8."""
+    num_starts: int = 1
+    """How often engines are started, each time for all rounds: where steps are short, starts differ by up to 10%."""
 
     def requests(self, prompts: Sequence[str], batch_size: int, temperature: float) -> list[Request]:
         """Return what is asked at a load; where prompts are few they come again, with other seeds."""
@@ -200,28 +203,42 @@ def measure(
         outcomes: dict[tuple[str, float], list[Outcome]] = {
             (name, temperature): [] for temperature in plan.temperatures for name in configs
         }
-        for group in groups:
+        for group, number in itertools.product(groups, range(plan.num_starts)):
             with contextlib.ExitStack() as stack:
                 engines: dict[str, Engine] = {}
                 # one by one: an engine that times its steps while it starts must have the machine to itself
                 for name in group:
-                    report(f"batch size {batch_size}: starting {name}")
+                    report(f"batch size {batch_size}: starting {name}{_of(number, plan.num_starts)}")
                     engines[name] = stack.enter_context(start(configs[name], batch_size))
                     _warm_up(engines[name], prompts, plan, batch_size)
-                for number in range(plan.num_rounds):
-                    for temperature in plan.temperatures:
-                        requests = plan.requests(prompts, batch_size, temperature)
-                        sampling = {"temperature": temperature, "max_tokens": plan.max_tokens}
-                        for name, engine in engines.items():
-                            report(
-                                f"batch size {batch_size}, temperature {temperature:g}: "
-                                f"round {number + 1} of {plan.num_rounds}, {name}"
-                            )
-                            outcomes[name, temperature].append(engine.generate(requests, sampling))
+                for key, outcome in _rounds(engines, prompts, plan, batch_size, report):
+                    outcomes[key].append(outcome)
         yield [
             summarise(name, batch_size, temperature, outcomes[name, temperature], outcomes[PLAIN, temperature])
             for name, temperature in outcomes
         ]
+
+
+def _rounds(
+    engines: Mapping[str, Engine],
+    prompts: Sequence[str],
+    plan: Plan,
+    batch_size: int,
+    report: Callable[[str], None],
+) -> Iterator[tuple[tuple[str, float], Outcome]]:
+    """Yield what running engines make of all rounds, each with the engine's name and the temperature."""
+    for number in range(plan.num_rounds):
+        for temperature in plan.temperatures:
+            requests = plan.requests(prompts, batch_size, temperature)
+            sampling = {"temperature": temperature, "max_tokens": plan.max_tokens}
+            for name, engine in engines.items():
+                round_number = _of(number, plan.num_rounds, "round")
+                report(f"batch size {batch_size}, temperature {temperature:g}{round_number}: {name}")
+                yield (name, temperature), engine.generate(requests, sampling)
+
+
+def _of(number: int, count: int, what: str = "time") -> str:
+    return f", {what} {number + 1} of {count}" if count > 1 else ""
 
 
 def summarise(

@@ -69,6 +69,14 @@ def add_parser(benches: Any) -> None:
         f"{','.join(_CONFIGS)}; on a GPU, where no budget is automatic, {','.join(_GPU_CONFIGS)})",
     )
     parser.add_argument("--rounds", metavar="N", type=options.positive_int, default=3, help="default: 3")
+    parser.add_argument(
+        "--starts",
+        metavar="N",
+        type=options.positive_int,
+        default=1,
+        help="start the engines that often, each time for all rounds: where steps are short, starts differ by up to "
+        "10%% (default: 1)",
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="write everything measured as JSON")
     options.add_engine(parser)
     parser.set_defaults(run=run)
@@ -84,7 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--output: no directory {str(arguments.output.parent)!r}: create it first")
     prompts = [conversation.turns[0] for conversation in read_conversations(arguments.prompts or speed.STORY_PROMPTS)]
     plan = speed.Plan(
-        arguments.batch_sizes, arguments.temperature, arguments.rounds, arguments.max_tokens, arguments.num_prompts
+        arguments.batch_sizes,
+        arguments.temperature,
+        arguments.rounds,
+        arguments.max_tokens,
+        arguments.num_prompts,
+        arguments.starts,
     )
     names = arguments.configs or (_GPU_CONFIGS if memory.has_gpu() else _CONFIGS)
     try:
