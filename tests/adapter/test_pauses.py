@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.adapter.budgets import FREE, PER_ROW, choose, plain_step
+from tests.adapter.budgets import FREE, PER_ROW, choose, plain_step, promised
 from vllm_redrafter.adapter import pauses
 from vllm_redrafter.adapter.budget import Budget
 from vllm_redrafter.adapter.costs import Floats, StepRecord, StepTimes
@@ -91,12 +91,12 @@ def test_drafts_that_do_not_pay_are_not_verified_but_once_in_32_steps() -> None:
     for _ in range(15):  # the search takes all that a draft brings
         budget.observe_step(StepRecord(1, 1, True, 1.0, 2.0, 3.0))
         budget.observe_step(plain_step(1.0))
-    budget.load(1).pauses.trial = []  # the next choices decide alone
+    budget.load(1).pauses.gain = 0.5
     verified_after = []
     for step in range(1, 600):
         if budget.should_draft(1):
             verified_after += [step] * choose(budget, log_probs, [True])[0]
-            assert budget.load(1).pauses.gain < 0.7
+            assert budget.load(1).pauses.trial is None, "what is hopeless is seen at once"
 
     gaps = np.diff(verified_after)
     assert len(gaps) > 2
@@ -174,7 +174,7 @@ def test_a_promise_that_may_be_mistaken_or_not_be_kept_is_no_reason_to_draft(
     for _ in range(20):
         budget.observe_step(StepRecord(batch_size, batch_size, True, 1.0, draft_seconds, 1.0 + draft_seconds))
         budget.observe_step(plain_step(1.0, batch_size))
-    budget.load(batch_size).pauses.trial = []
+    budget.load(batch_size).pauses.gain, budget.load(batch_size).pauses.trial = promise, []
 
     chosen = finish_trial(budget, np.full((batch_size, 1), log_prob))
 
@@ -193,6 +193,25 @@ def test_short_steps_must_gain_more(batch_size: int, pass_seconds: float, expect
     budget = Budget(StepTimes(np.array([1.0]), np.array([pass_seconds])), 8)
 
     assert budget.load(batch_size).pauses.least_gain == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("before", "promises", "expected"),
+    [(1.0, [1.3] * 8, 1.15), (1.0, [1.0, 1.6] * 4, 1.15), (0.2, [1.3] * 8, 1.0), (0.9, [0.6], 0.75)],
+    ids=["steady", "one in two", "hopeless before", "hopeless now"],
+)
+def test_a_trial_counts_as_much_as_what_was_known_before_it(
+    before: float, promises: list[float], expected: float
+) -> None:
+    pauses_of_one = Budget(FREE, 8).load(1).pauses
+    pauses_of_one.gain, pauses_of_one.trial = before, []
+
+    for promise in promises:
+        assert pauses_of_one.trial is not None
+        pauses_of_one.add_promise(promise, 1, is_known=True)
+
+    assert pauses_of_one.trial is None
+    assert pauses_of_one.gain == pytest.approx(expected)
 
 
 def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
@@ -220,11 +239,10 @@ def test_passes_that_take_longer_than_foretold_make_promises_smaller(num_steps: 
     budget = Budget(FREE, max_nodes=1)
     for _ in range(num_steps):  # the first three are foretold by nothing that was seen
         budget.observe_step(StepRecord(1, 1, False, 1.0, 0.0, 1.0, foretold_seconds=0.8))
-    budget.load(1).pauses.trial = []
+
+    assert promised(budget, np.zeros((1, 1))) == pytest.approx(expected)
 
     choice = budget.choose([[0.0]], [[-math.inf]], [True])
-
-    assert budget.load(1).pauses.gain == pytest.approx(expected)
     assert choice.forward_seconds == 1.0, "what is foretold of the next pass is not changed by that"
 
 
@@ -314,12 +332,8 @@ def hopeful_budget(*plain_seconds: float) -> Budget:
 )
 def test_one_slow_plain_step_does_not_make_drafts_look_good(plain_seconds: tuple[float, ...], expected: float) -> None:
     budget = hopeful_budget(*plain_seconds)
-    budget.load(1).pauses.trial = []  # the next choices decide alone
-    log_prob = -0.75
 
-    choose(budget, np.array([[log_prob]]), [True])
-
-    assert budget.load(1).pauses.gain == pytest.approx((1 + math.exp(log_prob)) / 1.1 * expected)
+    assert promised(budget, np.array([[-0.75]])) == pytest.approx((1 + math.exp(-0.75)) / 1.1 * expected)
 
 
 def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_ones_take() -> None:
@@ -327,11 +341,8 @@ def test_what_plain_steps_take_besides_their_forward_pass_is_not_what_drafted_on
     for _ in range(15):
         budget.observe_step(StepRecord(1, 1, True, 1.0, 0.1, 1.6))
         budget.observe_step(StepRecord(1, 0, False, 1.0, None, 1.2))
-    budget.load(1).pauses.trial = []  # the next choices decide alone
 
-    choose(budget, np.array([[-0.75]]), [True])
-
-    assert budget.load(1).pauses.gain == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.2)
+    assert promised(budget, np.array([[-0.75]])) == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.2)
 
 
 def test_what_a_step_takes_that_drafts_and_verifies_nothing_is_not_what_one_with_drafts_takes() -> None:
@@ -341,8 +352,5 @@ def test_what_a_step_takes_that_drafts_and_verifies_nothing_is_not_what_one_with
         budget.observe_step(StepRecord(1, 0, False, 1.0, 0.1, 1.2))
         budget.observe_step(StepRecord(1, 1, True, 1.0, None, 1.5))
         budget.observe_step(plain_step(1.1))
-    budget.load(1).pauses.trial = []  # the next choices decide alone
 
-    choose(budget, np.array([[-0.75]]), [True])
-
-    assert budget.load(1).pauses.gain == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.1)
+    assert promised(budget, np.array([[-0.75]])) == pytest.approx((1 + math.exp(-0.75)) / 1.6 * 1.1)

@@ -112,8 +112,8 @@ def test_what_was_foretold_of_a_pass_is_held_against_that_pass_alone(monkeypatch
     runner._batch = SimpleNamespace(trees=[SimpleNamespace(token_ids=[5])], num_nodes=1, num_branching=0)
     runner._decoding, runner._step_started, runner._forward_seconds, runner._draft_seconds = {"a"}, 0.0, 0.0, None
     runner._foretold_seconds = runner._next_foretold_seconds = None
-    runner.speculative_config, runner._is_plain = "ours", False
-    step = step_of({"a": 2}, {"a": [5]})
+    runner._resumed, runner._is_plain = frozenset(), False
+    step = step_of({"a": 2}, {"a": [5]}, num_outputs=(3,))
 
     runner.execute_model(step)  # learns from the step before, for which nothing was chosen
     runner._agreed_choice(CANDIDATES, [True])
@@ -137,9 +137,19 @@ def test_of_a_step_without_drafts_every_request_counts_that_could_have_had_some(
     assert (runner.stats.num_drafts, runner.stats.num_draft_tokens, runner.stats.num_accepted_tokens) == (0, 0, 0)
 
 
-def step_of(counts: dict[str, int], drafts: dict[str, list[int]], new: tuple[str, ...] = ()) -> SimpleNamespace:
+def step_of(
+    counts: dict[str, int],
+    drafts: dict[str, list[int]],
+    *,
+    new: tuple[str, ...] = (),
+    num_outputs: tuple[int, ...] = (3, 5),
+    resumed: tuple[str, ...] = (),
+    finished: tuple[str, ...] = (),
+) -> SimpleNamespace:
     """Return what a scheduler says of a step, in so many rows for every request."""
     return SimpleNamespace(
+        scheduled_cached_reqs=SimpleNamespace(num_output_tokens=list(num_outputs), resumed_req_ids=set(resumed)),
+        finished_req_ids=set(finished),
         num_scheduled_tokens=counts,
         total_num_scheduled_tokens=sum(counts.values()),
         scheduled_spec_decode_tokens=drafts,
@@ -148,7 +158,7 @@ def step_of(counts: dict[str, int], drafts: dict[str, list[int]], new: tuple[str
 
 
 class Steps:
-    """A runner of two requests whose steps do nothing but note what vLLM thinks of speculation meanwhile."""
+    """A runner of two requests whose steps do nothing but note whose they are."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, is_automatic: bool = True, drafts: bool = False) -> None:
         monkeypatch.setattr(runner_module, "_from_first_rank", lambda decision: decision)
@@ -160,8 +170,8 @@ class Steps:
         self.runner = object.__new__(TreeModelRunner)
         self.runner.speculative_config, self.runner.stats = "ours", Stats()
         self.runner._decoding, self.runner._next_foretold_seconds = frozenset(), None
-        self.runner._batch = assemble({}, [], {}, [])
-        self.runner._budget = None
+        self.runner._batch, self.runner._proposed = assemble({}, [], {}, []), {}
+        self.runner._budget, self.runner._resumed = None, frozenset()
         if is_automatic:
             self.runner._budget = SimpleNamespace(
                 should_draft=lambda batch_size: (self.asked.append(batch_size), drafts)[1],
@@ -170,35 +180,41 @@ class Steps:
                 wants_plain_step=lambda batch_size: True,
             )
         self.runner.input_batch = SimpleNamespace(req_ids=["a", "b"])
-        self.runner.requests = dict.fromkeys("ab", SimpleNamespace(sampling_params=SamplingParams(temperature=0)))
+        self.runner.requests = dict.fromkeys("abc", SimpleNamespace(sampling_params=SamplingParams(temperature=0)))
 
     def note(self) -> None:
-        self.noted.append(self.runner.speculative_config)
+        is_ours = type(self.runner) is TreeModelRunner
+        assert self.runner.speculative_config == ("ours" if is_ours else None)
+        self.noted.append(type(self.runner))
         if self.error is not None:
             raise self.error
 
     def run(self, step: SimpleNamespace) -> list[object]:
         self.noted.clear()
-        self.runner.execute_model(step)
-        assert self.runner.speculative_config == "ours"
-        self.runner.sample_tokens(None)
-        assert self.runner.speculative_config == "ours"
+        for call in (self.runner.execute_model, self.runner.sample_tokens):
+            call(step)
+            assert (type(self.runner), self.runner.speculative_config) == (TreeModelRunner, "ours")
         return self.noted
 
 
 def test_a_step_that_neither_verifies_nor_drafts_is_plain_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
+    runner = steps.runner
+    runner._proposed = {name: tree_of([(1,)]) for name in ("a", "ended", "waiting")}
 
-    assert steps.run(step_of({"a": 1, "b": 1}, {})) == [None, None]
+    assert steps.run(step_of({"a": 1, "b": 1}, {}, finished=("ended",))) == [CPUModelRunner] * 2
 
     assert steps.asked == [2]
-    assert steps.runner.stats.num_skipped_drafts == 1
+    assert (runner.stats.num_engine_steps, runner.stats.num_skipped_drafts) == (1, 1)
+    assert (runner.stats.num_steps, runner.stats.num_emitted_tokens) == (2, 2)
+    assert runner._batch == assemble({}, ["a", "b"], {}, [1, 2])
+    assert list(runner._proposed) == ["waiting"], "its drafts may still be scheduled"
     steps.error = RuntimeError("out of something")
-    for call in (steps.runner.execute_model, steps.runner.sample_tokens):
+    for call in (runner.execute_model, runner.sample_tokens):
         with pytest.raises(RuntimeError):
             call(step_of({"a": 1, "b": 1}, {}))
-        assert steps.runner.speculative_config == "ours"
-    assert steps.noted == [None] * 4
+        assert (type(runner), runner.speculative_config) == (TreeModelRunner, "ours")
+    assert steps.noted == [CPUModelRunner] * 4
 
 
 @pytest.mark.parametrize(
@@ -207,27 +223,39 @@ def test_a_step_that_neither_verifies_nor_drafts_is_plain_vllms(monkeypatch: pyt
         step_of({"a": 1, "b": 3}, {"b": [7, 8]}),
         step_of({"a": 1, "b": 9}, {}),
         step_of({"a": 1, "b": 1}, {}, new=("b",)),
-        step_of({}, {}),
+        step_of({"a": 1, "b": 1}, {}, num_outputs=(3, 0)),
+        step_of({"a": 1, "b": 1}, {}, resumed=("b",)),
+        step_of({}, {}, num_outputs=()),
     ],
-    ids=["drafts", "the rest of a prompt", "a prompt of one token", "nothing"],
+    ids=["drafts", "a prompt", "a prompt of one token", "one token of a prompt", "a preempted request", "nothing"],
 )
-def test_of_other_steps_vllm_knows_that_they_speculate(step: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_steps_are_ours(step: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
     steps.run(step_of({"a": 1, "b": 1}, {}))
     steps.runner._decoding = frozenset()
 
-    assert steps.run(step) == ["ours", "ours"]
+    assert steps.run(step) == [TreeModelRunner] * 2
 
     assert steps.asked == [2], "it is asked when it is known who emits a token"
 
 
+def test_as_long_as_a_request_that_was_preempted_runs_steps_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    plain = step_of({"a": 1, "b": 1}, {})
+    steps.run(step_of({"a": 1, "b": 1}, {}, resumed=("b",)))
+
+    # its next token, or one more that it had before
+    assert steps.run(plain) == [TreeModelRunner] * 2
+
+    assert steps.run(step_of({"a": 1, "c": 1}, {}, finished=("b",))) == [CPUModelRunner] * 2
+    assert steps.run(plain) == [CPUModelRunner] * 2
+
+
 @pytest.mark.parametrize("is_automatic", [False, True])
-def test_where_drafts_are_wanted_vllm_knows_that_it_speculates(
-    monkeypatch: pytest.MonkeyPatch, is_automatic: bool
-) -> None:
+def test_steps_behind_which_drafts_are_wanted_are_ours(monkeypatch: pytest.MonkeyPatch, is_automatic: bool) -> None:
     steps = Steps(monkeypatch, is_automatic=is_automatic, drafts=True)
 
-    assert steps.run(step_of({"a": 1, "b": 1}, {})) == ["ours", "ours"]
+    assert steps.run(step_of({"a": 1, "b": 1}, {})) == [TreeModelRunner] * 2
 
     assert steps.runner._floor == (-1.0 if is_automatic else -math.inf)
 
@@ -267,7 +295,7 @@ def test_nodes_stand_at_the_positions_of_their_depths(monkeypatch: pytest.Monkey
     monkeypatch.setattr(CPUModelRunner, "_prepare_inputs", lambda self, output, counts: "what vLLM returns")
     tree = tree_of([(1, 2), (3,)])
     runner = object.__new__(TreeModelRunner)
-    runner._proposed, runner.stats, runner._is_plain = {"b": tree, "c": tree}, Stats(), False
+    runner._proposed, runner.stats = {"b": tree, "c": tree}, Stats()
     runner.input_batch = SimpleNamespace(req_ids=["a", "b", "c", "d"])
     output = SimpleNamespace(
         scheduled_spec_decode_tokens={"b": tree.token_ids, "c": tree.token_ids[:1]}, finished_req_ids=set()

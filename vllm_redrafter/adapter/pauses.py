@@ -40,7 +40,7 @@ class Pauses:
         self.next_length = 1
         """Steps of the next pause."""
         self.trial: list[float] | None = None
-        """What was promised since a pause, which decides alone whether to draft on; None once it has."""
+        """What was promised since a pause; None once there was enough of it to decide whether to draft on."""
         self._plain_steps_in_a_row = 1 if pass_seconds > _COLD_SECONDS else 1 + _COLD_STEPS
         self._num_drafted = 0
         self._next_plain_step = _FIRST_PLAIN_STEP  # drafted steps after which the next one without drafts is due
@@ -53,7 +53,7 @@ class Pauses:
             return False
         if not self.pays():
             self.left, self.next_length = self.next_length, min(2 * self.next_length, _LONGEST_PAUSE)
-            self.gain, self.trial = self.least_gain, []
+            self.trial = []
             return False
         self._num_drafted += 1
         if self._num_drafted == self._next_plain_step:
@@ -81,15 +81,17 @@ class Pauses:
         Args:
             is_known: whether the costs behind it are; until then every promise counts alone.
         """
-        if self.trial is not None:
-            self.trial.append(promise)
-            self.gain = sum(self.trial) / len(self.trial)
-            is_over = len(self.trial) * batch_size >= _TRIAL_SEARCHES or self.gain < _HOPELESS
-            if is_over or not is_known:
-                self._num_searches, self.trial = len(self.trial), None
+        if not is_known:
+            self.gain, self.trial = promise, None
+        elif self.trial is None:
+            self.gain += _GAIN_WEIGHT * min(1.0, batch_size / _MANY_REQUESTS) * (promise - self.gain)
         else:
-            weight = _GAIN_WEIGHT * min(1.0, batch_size / _MANY_REQUESTS)
-            self.gain += (weight if is_known else 1.0) * (promise - self.gain)
+            self.trial.append(promise)
+            promised = sum(self.trial) / len(self.trial)
+            if len(self.trial) * batch_size >= _TRIAL_SEARCHES or promised < _HOPELESS:
+                # half is what was known before: of many trials the one that ends a pause is a lucky one
+                self.gain = (max(self.gain, _HOPELESS) + promised) / 2
+                self._num_searches, self.trial = len(self.trial), None
         if self.trial is None and self.pays():
             self.next_length = 1
 

@@ -2,7 +2,8 @@
 
 What a step does differently, in the order in which a step does it:
 
-    execute_model              decides whether there is anything to do for drafts: if not, the step is vLLM's own
+    execute_model              decides whether there is anything to do for drafts: if not, the step is vLLM's own,
+                               and nothing that follows here is done
     _update_states             a generator for every request that samples
     _prepare_inputs            which trees this step verifies; node i of a tree stands at position context + depth
     _build_attention_metadata  the attention of branching trees
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,8 +51,6 @@ from vllm_redrafter.kernels.cpu_tree_attention import LayerCache
 
 Number = TypeVar("Number", int, float)
 
-_NOWHERE = Walk([], [])
-"""Where requests without trees go."""
 _NOBODY: frozenset[int] = frozenset()
 
 
@@ -87,6 +86,8 @@ class TreeModelRunner(CPUModelRunner):
         """The requests of a step, if none of them is at its prompt."""
         self._is_plain = False
         """Whether the step neither verifies nor drafts anything."""
+        self._resumed: Set[str] = frozenset()
+        """Requests that were preempted: what they had before may be computed once more at any time."""
         self._floor: float | None = None
         """Down to where to search after a step that verifies nothing, if that was worth saying before it."""
         self._has_foresight = foresight.is_possible(self.sampler)
@@ -150,28 +151,43 @@ class TreeModelRunner(CPUModelRunner):
 
     def _decide_ahead(self, scheduler_output: Any) -> None:
         """Decide whether to draft after a step that verifies nothing and in which every request emits a token."""
-        scheduled = scheduler_output.num_scheduled_tokens
-        is_known = self._decoding and not scheduler_output.scheduled_new_reqs
-        if not is_known or scheduler_output.scheduled_spec_decode_tokens:
-            self._floor, self._is_plain = None, False
+        scheduled, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
+        # a prompt may come token by token, and so may what is computed once more
+        self._resumed = (self._resumed | cached.resumed_req_ids) - scheduler_output.finished_req_ids
+        self._floor, self._is_plain = None, False
+        is_past_prompts = self._decoding and not scheduler_output.scheduled_new_reqs and all(cached.num_output_tokens)
+        if not is_past_prompts or self._resumed or scheduler_output.scheduled_spec_decode_tokens:
             return
         self._floor = self._agreed_floor(scheduled)
-        self._is_plain = self._floor is None
-        self.stats.num_skipped_drafts += self._is_plain
+        if self._floor is not None:
+            return
+        self._is_plain = True
+        self._batch = tree_batch.of_roots(len(scheduled))
+        self._forget_proposals((*scheduled, *scheduler_output.finished_req_ids))
+        self.stats.num_skipped_drafts += 1
+        self.stats.num_engine_steps += 1
+        self.stats.count_plain(len(scheduled))
 
     def _left_alone(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a method of vLLM that does not know that it speculates if this step has nothing to do with drafts.
+        """Call a method of vLLM's runner on one that is not ours, if this step has nothing to do with drafts.
 
-        In every step of an engine that may speculate vLLM prepares and looks for drafts, which takes a twentieth of the
-        time of a small model's step with many requests. Large batches mostly have none.
+        In every step of an engine that may speculate vLLM prepares and looks for drafts, and so do we: a twentieth of
+        the time of a small model's step. Large batches mostly have none.
         """
         if not self._is_plain:
             return method(*arguments)
-        speculative_config, self.speculative_config = self.speculative_config, None
+        ours = self.__class__, self.speculative_config
+        self.__class__, self.speculative_config = CPUModelRunner, None
         try:
             return method(*arguments)
         finally:
-            self.speculative_config = speculative_config
+            self.__class__, self.speculative_config = ours
+
+    def _forget_proposals(self, requests: Iterable[str]) -> None:
+        """Forget the trees of requests that were scheduled, with or without them, or have ended."""
+        if self._proposed:
+            for request in requests:
+                self._proposed.pop(request, None)
 
     def _learn_from_last_step(self, scheduled: Set[str], now: float) -> None:
         """Tell the budget what it took, if nothing but decoding these requests was done from its start until now."""
@@ -210,15 +226,10 @@ class TreeModelRunner(CPUModelRunner):
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray[Any, Any]) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         started = time.perf_counter()
-        if self._is_plain:
-            self._batch = tree_batch.of_roots(len(num_scheduled_tokens))
-        else:
-            drafts = scheduler_output.scheduled_spec_decode_tokens
-            self._query_ends = num_scheduled_tokens.cumsum().tolist()
-            self._batch = tree_batch.assemble(self._proposed, self.input_batch.req_ids, drafts, self._query_ends)
-        if self._proposed:
-            for request in (*self.input_batch.req_ids, *scheduler_output.finished_req_ids):
-                self._proposed.pop(request, None)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._query_ends = num_scheduled_tokens.cumsum().tolist()
+        self._batch = tree_batch.assemble(self._proposed, self.input_batch.req_ids, drafts, self._query_ends)
+        self._forget_proposals((*self.input_batch.req_ids, *scheduler_output.finished_req_ids))
         if self._batch.num_branching:
             self._place_nodes()
         self.stats.adapter_seconds += time.perf_counter() - started
@@ -246,7 +257,7 @@ class TreeModelRunner(CPUModelRunner):
     def _build_attention_metadata(self, num_tokens: int, num_reqs: int, max_query_len: int, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(num_tokens, num_reqs, max_query_len, **kwargs)
         self._tree_metadata = []
-        if self._is_plain or not self._attends_itself() or self._query_ends[-1] != num_tokens:
+        if not self._attends_itself() or self._query_ends[-1] != num_tokens:
             return metadata, common
         started = time.perf_counter()
         num_computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].tolist()
@@ -276,9 +287,6 @@ class TreeModelRunner(CPUModelRunner):
         batch = self._batch
         discarded = self._discarded = self._find_discarded()
         sampling_metadata = self.input_batch.sampling_metadata
-        if self._is_plain:
-            self._count(_NOWHERE, discarded)
-            return self._verifier.sample_roots(logits, sampling_metadata, discarded)
         outputs = self.input_batch.req_output_token_ids
         output, walk = self._verifier.verify(batch, logits, sampling_metadata, outputs, discarded)
         self._commit(walk)

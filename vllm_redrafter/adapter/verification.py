@@ -74,10 +74,12 @@ class Verifier:
             discarded: requests in the middle of their prompt: vLLM drops what is drawn for them, so nothing may be
                 drawn from their generators.
         """
-        if not batch.num_nodes:
-            output = self.sample_roots(logits, metadata, discarded)
-            return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
         _draw_by_steps(metadata)
+        if not batch.num_nodes:
+            if discarded:
+                metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
+            output = self.sampler(logits, metadata)
+            return output, Walk(output.sampled_token_ids.tolist(), [[0]] * len(logits))
         if is_plain_greedy(metadata):
             choices = self.sampler.greedy_sample(logits.float()).tolist()
             walked = walk(
@@ -91,18 +93,6 @@ class Verifier:
         for output, length in zip(outputs, lengths, strict=True):
             del output[length:]
         return SamplerOutput(_padded(walked.tokens), draw.logprobs()), walked
-
-    def sample_roots(
-        self,
-        logits: torch.Tensor,  # [batch, vocab_size]
-        metadata: SamplingMetadata,
-        discarded: frozenset[int],
-    ) -> SamplerOutput:
-        """Return what plain decoding would: every request stands at its root, and there is nowhere to go."""
-        _draw_by_steps(metadata)
-        if discarded:
-            metadata = _drawing_for(set(range(len(logits))) - discarded, metadata)
-        return self.sampler(logits, metadata)
 
 
 class _SamplerDraw:
