@@ -51,9 +51,9 @@ def losing_budget(draft_seconds: float = 0.05) -> Budget:
     [
         # eight searches of a twentieth of a step, in 120 steps at most
         (0.05, [1, 2, 4, 8, 16, 32, 64, 120, 120]),
-        # and in 128 however dear they are: what made them dear may be over
-        (0.2, [1, 2, 4, 8, 16, 32, 64, 128, 128]),
-        (5.0, [1, 2, 4, 8, 16, 32, 64, 128, 128]),
+        # and in 256 however dear they are: what made them dear may be over
+        (0.2, [1, 2, 4, 8, 16, 32, 64, 128, 256, 256]),
+        (5.0, [1, 2, 4, 8, 16, 32, 64, 128, 256, 256]),
         (0.0, [1, 1, 1, 1, 1, 1, 1]),
     ],
 )
@@ -128,8 +128,8 @@ def test_a_slow_moment_does_not_keep_drafts_off_for_long(slow_steps: int) -> Non
     serve_one(budget, slow_steps, overhead=5.0)
     assert serve_one(budget, 1, overhead=5.0) == 0, "drafts are off"
 
-    # two trials outvote those of the slow moment, and pauses are 128 steps at most
-    serve_one(budget, 3 * 130, overhead=0.3)
+    # two trials outvote those of the slow moment, and pauses are 256 steps at most
+    serve_one(budget, 3 * 260, overhead=0.3)
 
     assert serve_one(budget, 100, overhead=0.3) > 80
 

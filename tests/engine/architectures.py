@@ -106,20 +106,13 @@ def quantize_to_int8(source: Path, directory: Path) -> str:
 
     The format is the one of `compressed-tensors`: one scale per output channel, weights symmetric.
     """
-    directory.mkdir()
-    for path in source.iterdir():
-        if path.suffix == ".json" and path.name != "config.json":
-            (directory / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name]
+
+    def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        tensors[name] = (weight / scale).round().to(torch.int8)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
     eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {
+    described = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
@@ -132,6 +125,85 @@ def quantize_to_int8(source: Path, directory: Path) -> str:
             }
         },
     }
+    return _save_quantized(source, directory, quantize, described)
+
+
+GROUP_SIZE = 32
+"""Input channels with a scale of their own, where weights have 4 bits."""
+
+
+def quantize_to_gptq(source: Path, directory: Path) -> str:
+    """Write a Llama's checkpoint with linear layers in 4 bits as GPTQ stores them, symmetric; return where.
+
+    Eight neighbours among the input channels share a word, the first one in the lowest bits.
+    """
+
+    def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = _groups(weight)  # [groups, GROUP_SIZE, outputs]
+        scales = groups.abs().amax(dim=1) / 7
+        numbers = (groups / scales[:, None]).round().clamp(-8, 7).int() + 8
+        num_inputs, num_outputs = weight.shape[::-1]
+        return {
+            "qweight": _packed(numbers.view(num_inputs // 8, 8, num_outputs).movedim(1, -1)),
+            "qzeros": _packed(torch.full((len(groups), num_outputs // 8, 8), 7)),  # one less than what is subtracted
+            "scales": scales,
+            "g_idx": (torch.arange(num_inputs) // GROUP_SIZE).int(),
+        }
+
+    described = {"quant_method": "gptq", "bits": 4, "group_size": GROUP_SIZE, "desc_act": False, "sym": True}
+    return _save_quantized(source, directory, quantize, described)
+
+
+def quantize_to_awq(source: Path, directory: Path) -> str:
+    """Write a Llama's checkpoint with linear layers in 4 bits as AWQ stores them, with zero points; return where.
+
+    Eight neighbours among the output channels share a word, the even ones in its lower half.
+    """
+
+    def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = _groups(weight)  # [groups, GROUP_SIZE, outputs]
+        lowest, highest = groups.amin(dim=1).clamp(max=0), groups.amax(dim=1).clamp(min=0)
+        scales = (highest - lowest) / 15
+        zeros = (-lowest / scales).round().int()
+        numbers = ((groups / scales[:, None]).round().int() + zeros[:, None]).clamp(0, 15)
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        return {
+            "qweight": _packed(numbers.flatten(0, 1).unflatten(-1, (-1, 8))[..., order]),
+            "qzeros": _packed(zeros.unflatten(-1, (-1, 8))[..., order]),
+            "scales": scales,
+        }
+
+    described = {"quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "zero_point": True, "version": "gemm"}
+    return _save_quantized(source, directory, quantize, described)
+
+
+def _groups(weight: torch.Tensor) -> torch.Tensor:  # [outputs, inputs] -> [groups, GROUP_SIZE, outputs]
+    return weight.T.unflatten(0, (-1, GROUP_SIZE))
+
+
+def _packed(numbers: torch.Tensor) -> torch.Tensor:  # [..., 8] of 4 bits -> [...] int32
+    shifted = numbers.to(torch.int64) << 4 * torch.arange(8)
+    return shifted.sum(dim=-1).to(torch.uint32).view(torch.int32)
+
+
+def _save_quantized(
+    source: Path,
+    directory: Path,
+    quantize: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    described: dict[str, Any],
+) -> str:
+    """Write a checkpoint whose linear layers `quantize` turns into tensors by their last names; return where."""
+    directory.mkdir()
+    for path in source.iterdir():
+        if path.suffix == ".json" and path.name != "config.json":
+            (directory / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        prefix = name.removesuffix("weight")
+        tensors |= {prefix + last: tensor.contiguous() for last, tensor in quantize(tensors.pop(name)).items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = described
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(directory)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.architectures import quantize_to_int8
+from tests.engine.architectures import quantize_to_awq, quantize_to_gptq, quantize_to_int8
 from tests.engine.conftest import FIXED, TinyPair
 from tests.engine.engine_process import Engine, EnginePool, Request, Result, Workload, assert_same_answers
 
@@ -20,13 +20,6 @@ GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 1.0}
 LARGEST_TIE = 0.25
 """Two steps of bf16 between logits of 16 to 32, in log-probability; where a commit is missing it is three and more."""
-
-
-@pytest.fixture(scope="module")
-def quantized_pair(tiny_pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
-    """The tiny Llama with linear layers in int8; the drafter has learnt what the original says."""
-    directory = tmp_path_factory.mktemp("quantized") / "target"
-    return tiny_pair._replace(target=quantize_to_int8(Path(tiny_pair.target), directory))
 
 
 def workload_of(pair: TinyPair) -> Workload:
@@ -128,14 +121,18 @@ def test_what_is_broken_shows_in_16_bits_too(engines: EnginePool, tiny_pair: Tin
         assert_only_ties_differ(broken, engines, tiny_pair.plain(**options), tiny_pair.prompts)
 
 
-def test_text_of_an_int8_target_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
-    engines: EnginePool, quantized_pair: TinyPair
+@pytest.mark.parametrize("quantize", [quantize_to_int8, quantize_to_gptq, quantize_to_awq], ids=["int8", "GPTQ", "AWQ"])
+def test_text_of_a_quantised_target_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
+    engines: EnginePool, tiny_pair: TinyPair, tmp_path: Path, quantize: Callable[[Path, Path], str]
 ) -> None:
-    # in bf16: with AMX vLLM's own int8 kernel takes nothing else
-    drafted = engines.run(quantized_pair.drafted(dtype="bfloat16"), greedy(quantized_pair))
+    # the drafter has learnt what the original says
+    pair = tiny_pair._replace(target=quantize(Path(tiny_pair.target), tmp_path / "target"))
 
-    # activations are rounded to 8 bits: a last digit may turn one of them
-    assert_only_ties_differ(drafted, engines, quantized_pair.plain(dtype="bfloat16"), quantized_pair.prompts)
+    # in bf16: with AMX vLLM's own int8 kernel takes nothing else
+    drafted = engines.run(pair.drafted(dtype="bfloat16"), greedy(pair))
+
+    # activations of int8 are rounded to 8 bits: a last digit may turn one of them
+    assert_only_ties_differ(drafted, engines, pair.plain(dtype="bfloat16"), pair.prompts)
     assert_trees_were_accepted(drafted)
 
 

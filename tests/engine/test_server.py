@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -63,6 +64,13 @@ class Server(NamedTuple):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the example pair, prompts in chunks of 128 tokens."""
+    with _running_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _running_server(directory: Path, *more: str, **variables: str) -> Iterator[Server]:
+    """Serve the example pair with `more` options in an environment of `variables` more; its log is in `directory`."""
     if not Path(DRAFTER, "model.safetensors").exists():
         pytest.skip("the example pair is not in examples/models")
     with socket.socket() as probe:
@@ -81,14 +89,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--structured-outputs-config": json.dumps({"backend": "xgrammar", "disable_any_whitespace": True}),
         "--speculative-config": json.dumps(speculation),
     }
-    command = [*_serve(TARGET), "--enforce-eager", *(word for pair in arguments.items() for word in pair)]
+    words = (word for pair in arguments.items() for word in pair)
     # the engine in a process of its own, and plugins found, as for any user
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "PYTHONPATH")
     environment = {**os.environ, **{name: value for name, value in ENVIRONMENT.items() if name not in ours}}
-    log = tmp_path_factory.mktemp("server") / "server.log"
+    log = directory / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [*_serve(TARGET), "--enforce-eager", *words, *more],
+            env={**environment, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -151,6 +163,26 @@ def texts(answer: dict[str, Any]) -> list[str]:
     return [output["text"] for output in answer["outputs"]]
 
 
+def ask_many(server: Server) -> list[list[str]]:
+    """Return the answers to `MANY`, asked all at once."""
+
+    def ask(request: tuple[str, dict[str, Any]]) -> list[str]:
+        prompt, sampling = request
+        return [
+            choice.text for choice in server.client.completions.create(model=TARGET, prompt=prompt, **sampling).choices
+        ]
+
+    with ThreadPoolExecutor(len(MANY)) as pool:
+        return list(pool.map(ask, MANY))
+
+
+def counters(server: Server, name: str) -> list[float]:
+    """Return a counter of every engine behind the server."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return [float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{")]
+
+
 def test_completions(server: Server, plain: dict[str, dict[str, Any]]) -> None:
     answer = server.client.completions.create(model=TARGET, prompt=BEGINNINGS[0], **GREEDY)
 
@@ -208,27 +240,33 @@ def test_structured_outputs(server: Server, plain: dict[str, dict[str, Any]]) ->
 
 
 def test_32_requests_at_once(server: Server, plain: dict[str, dict[str, Any]]) -> None:
-    def ask(request: tuple[str, dict[str, Any]]) -> str:
-        prompt, sampling = request
-        return server.client.completions.create(model=TARGET, prompt=prompt, **sampling).choices[0].text
+    assert ask_many(server) == [texts(plain[f"many {number}"]) for number in range(len(MANY))]
 
-    with ThreadPoolExecutor(len(MANY)) as pool:
-        answers = list(pool.map(ask, MANY))
 
-    assert [[answer] for answer in answers] == [texts(plain[f"many {number}"]) for number in range(len(MANY))]
+def test_two_replicas_share_the_requests(plain: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    two = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }  # a core for each, wherever the system puts it
+    with _running_server(tmp_path, "--data-parallel-size", "2", **two) as replicas:
+        answers = ask_many(replicas)
+        accepted = counters(replicas, "vllm:spec_decode_num_accepted_tokens_total")
+
+    assert answers == [texts(plain[f"many {number}"]) for number in range(len(MANY))]
+    assert len(accepted) == 2
+    assert min(accepted) > 0
 
 
 def test_metrics_count_speculation_and_sigterm_ends_the_server(server: Server) -> None:
     server.client.completions.create(model=TARGET, prompt=BEGINNINGS[0], **GREEDY)
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    counters = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("vllm:spec_decode")}
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    counted = [counters(server, f"vllm:spec_decode_{name}_total") for name in names]
 
     server.process.send_signal(signal.SIGTERM)
     status = server.process.wait(SECONDS_TO_END)
 
-    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
-        assert counters[f"vllm:spec_decode_{name}_total"] > 0
+    assert [len(values) for values in counted] == [1, 1, 1]
+    assert min(counted) > [0]
     assert status == 0
     deadline = time.monotonic() + SECONDS_TO_END
     while (left := _running(server.process.pid)) and time.monotonic() < deadline:
