@@ -34,7 +34,7 @@ def greedy(pair: TinyPair) -> Workload:
 
 
 needs_avx512 = pytest.mark.skipif(
-    not torch.cpu._is_avx512_supported(), reason="vLLM has fp8 KV caches on CPUs with AVX-512 only"
+    not torch.cpu._is_avx512_supported(), reason="vLLM has this on CPUs with AVX-512 only"
 )
 
 
@@ -121,7 +121,14 @@ def test_what_is_broken_shows_in_16_bits_too(engines: EnginePool, tiny_pair: Tin
         assert_only_ties_differ(broken, engines, tiny_pair.plain(**options), tiny_pair.prompts)
 
 
-@pytest.mark.parametrize("quantize", [quantize_to_int8, quantize_to_gptq, quantize_to_awq], ids=["int8", "GPTQ", "AWQ"])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        pytest.param(quantize_to_int8, id="int8"),
+        pytest.param(quantize_to_gptq, id="GPTQ", marks=needs_avx512),
+        pytest.param(quantize_to_awq, id="AWQ", marks=needs_avx512),
+    ],
+)
 def test_text_of_a_quantised_target_leaves_that_of_plain_vllm_only_where_two_tokens_tie(
     engines: EnginePool, tiny_pair: TinyPair, tmp_path: Path, quantize: Callable[[Path, Path], str]
 ) -> None:
