@@ -10,8 +10,9 @@ from tests.core.naive import Prefix
 from vllm_redrafter.adapter.attention_rounds import Segment
 from vllm_redrafter.adapter.tree_batch import (
     DraftTree,
+    along,
     assemble,
-    best_paths,
+    best_path,
     best_tree,
     chain_of,
     of_roots,
@@ -202,7 +203,7 @@ def test_the_best_path_leads_from_best_child_to_best_child(seed: int, batch: int
         inputs = torch.randn(batch, 8), torch.zeros(batch, dtype=torch.int64)
         candidates = search(drafter, torch.nn.Embedding(12, 8), *inputs, BeamShape(width, 4), 5)
 
-    paths = best_paths(candidates)
+    paths = along(candidates, [best_path(parents) for parents in candidates.parents.tolist()])
 
     assert torch.equal(paths.token_ids, candidates.token_ids)
     assert torch.equal(paths.parents, candidates.parents)
@@ -217,13 +218,8 @@ def test_the_best_path_leads_from_best_child_to_best_child(seed: int, batch: int
         assert best_tree(tokens, parents, kept, num_nodes).token_ids == [tokens[place] for place in path[:num_nodes]]
 
 
-def test_a_path_may_end_where_that_of_another_request_goes_on() -> None:
-    parents = torch.tensor([[-1, -1, 0, 0], [-1, -1, 1, 1]])
-    log_probs = torch.tensor([[-0.1, -0.5, -0.3, -0.4], [-0.1, -0.5, -0.7, -0.9]])
-
-    found = best_paths(Candidates(torch.zeros_like(parents), parents, log_probs)).log_probs
-
-    assert found.isfinite().tolist() == [[True, False, True, False], [True, False, False, False]]
+def test_a_best_path_ends_where_its_last_node_has_no_children() -> None:
+    assert [best_path(parents) for parents in ([-1, -1, 0, 0], [-1, -1, 1, 1], [])] == [[0, 2], [0], []]
 
 
 @settings(max_examples=60, deadline=None)

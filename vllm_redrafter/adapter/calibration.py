@@ -15,12 +15,14 @@ class Calibration:
     _LAST_BIN = 32  # that of log-probability 0
     _PRIOR = 8.0  # nodes that the drafter's own word counts for in every bin
     _MEMORY = 4000.0  # nodes after which a bin's past weighs half
+    _NODES_PER_FIT = 32  # observed before rates are fitted anew
 
     def __init__(self) -> None:
         self._centers = [self._LOWEST + index / self._BINS_PER_NAT for index in range(self._LAST_BIN + 1)]
         self._seen = [self._PRIOR] * len(self._centers)
         self._accepted = [self._PRIOR * math.exp(center) for center in self._centers]
-        self._rates: list[float] | None = None  # found when asked for: a batch observes once per request
+        self._rates: list[float] = []  # fitted when asked for: a batch observes once per request
+        self._num_unfitted = self._NODES_PER_FIT
 
     def observe(self, log_probs: Iterable[float], accepted: Iterable[bool]) -> None:
         """Count verified nodes."""
@@ -28,10 +30,10 @@ class Calibration:
             index = round(self._place(log_prob))
             self._seen[index] += 1
             self._accepted[index] += was_accepted
+            self._num_unfitted += 1
             if self._seen[index] > self._MEMORY:
                 self._seen[index] /= 2
                 self._accepted[index] /= 2
-        self._rates = None
 
     def probabilities(self, log_probs: Iterable[float]) -> list[float]:
         """Return how likely nodes are accepted, those left out that have a log-probability of -inf."""
@@ -54,7 +56,8 @@ class Calibration:
         return min(max((log_prob - self._LOWEST) * self._BINS_PER_NAT, 0.0), float(self._LAST_BIN))
 
     def _fitted_rates(self) -> list[float]:
-        if self._rates is None:
+        if self._num_unfitted >= self._NODES_PER_FIT:
+            self._num_unfitted = 0
             # a more probable node cannot be a worse one: what contradicts that is noise
             self._rates = non_decreasing(self._accepted, self._seen)
         return self._rates

@@ -427,12 +427,14 @@ class TreeModelRunner(CPUModelRunner):
         """Return what every request may verify, the same on all ranks: the best so many of which candidates."""
         if self._budget is None:
             return candidates, [self.drafter.options.num_speculative_tokens] * len(greedy)
-        paths = tree_batch.best_paths(candidates)
-        trees, chains = ([sorted(row, reverse=True) for row in each.log_probs.tolist()] for each in (candidates, paths))
+        log_probs = candidates.log_probs.tolist()
+        paths = [tree_batch.best_path(parents) for parents in candidates.parents.tolist()]
+        trees = [sorted(row, reverse=True) for row in log_probs]
+        chains = [[row[place] for place in path] for row, path in zip(log_probs, paths, strict=True)]
         choice = self._budget.choose(trees, chains, greedy)
         self._next_foretold_seconds = choice.forward_seconds
         as_chains, *budgets = _from_first_rank([int(choice.as_chains), *choice.num_nodes])
-        return (paths if as_chains else candidates), budgets
+        return (tree_batch.along(candidates, paths) if as_chains else candidates), budgets
 
 
 def is_greedy(parameters: Any) -> bool:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from vllm_redrafter.adapter.attention_rounds import Segment
@@ -73,20 +72,27 @@ def best_tree(
     return tree
 
 
-def best_paths(candidates: Candidates) -> Candidates:
-    """Return the candidates of which only those are left that the path of best children leads through.
+def best_path(parents: Sequence[int]) -> list[int]:
+    """Return the candidates on a request's path of best children, given the parents of all its candidates."""
+    path = [-1]
+    while path[-1] in parents:
+        # within a depth the best candidate comes first
+        path.append(parents.index(path[-1]))
+    return path[1:]
+
+
+def along(candidates: Candidates, paths: Sequence[Sequence[int]]) -> Candidates:
+    """Return the candidates of which only those on `paths` are left.
 
     The others keep their places, with a log-probability of -inf.
+
+    Args:
+        paths: by request, places among its candidates.
     """
-    log_probs = candidates.log_probs.numpy()
-    on_path = np.full_like(log_probs, -np.inf)
-    for request, parents in enumerate(candidates.parents.tolist()):
-        last = -1
-        while last in parents:
-            # within a depth the best candidate comes first
-            last = parents.index(last)
-            on_path[request, last] = log_probs[request, last]
-    return candidates._replace(log_probs=torch.from_numpy(on_path))
+    log_probs = torch.full_like(candidates.log_probs, -torch.inf)
+    for kept, all_of_them, path in zip(log_probs, candidates.log_probs, paths, strict=True):
+        kept[path] = all_of_them[path]
+    return candidates._replace(log_probs=log_probs)
 
 
 class TreeBatch(NamedTuple):

@@ -185,16 +185,22 @@ class ReDrafter(nn.Module):
         ids = self.target_ids()
         return torch.arange(self.config.head_size, device=device) if ids is None else ids.to(device)
 
+    def fuse(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., input_size] -> [..., hidden_size]
+        """Return h: the target's last hidden state, and what the drafter makes of the outputs of `fused_layers`."""
+        if not self.config.fused_layers:
+            return hidden
+        size = self.config.hidden_size
+        outputs = hidden[..., size:].reshape(*hidden.shape[:-1], -1, size)
+        added: torch.Tensor = self.fc(functional.rms_norm(outputs, [size], eps=_EPSILON).flatten(-2))
+        return hidden[..., :size] + added
+
     def start(self, hidden: torch.Tensor) -> DraftState:  # [..., input_size]
         """Return the state from which the tokens after g_0 are drafted.
 
         Args:
             hidden: the target's last hidden state, and behind it what left the `fused_layers`.
         """
-        if self.config.fused_layers:
-            size = self.config.hidden_size
-            outputs = hidden[..., size:].reshape(*hidden.shape[:-1], -1, size)
-            hidden = hidden[..., :size] + self.fc(functional.rms_norm(outputs, [size], eps=_EPSILON).flatten(-2))
+        hidden = self.fuse(hidden)
         if self.config.has_input_proj:
             # [h; s] W = h W_h + s W_s, and h is the same for all beams and depths
             context = functional.linear(hidden, self.input_proj.weight[:, : hidden.shape[-1]], self.input_proj.bias)

@@ -15,11 +15,11 @@ struct Matrix {
 };
 
 struct Call {
-  const Matrix *embedding, *recurrence, *projection, *blocks, *head;
+  const Matrix *opening, *embedding, *recurrence, *projection, *blocks, *head;
   const float* table;          // [tokens, hidden]: embeddings, or what `embedding` would make of them
   const uint16_t* half_table;  // the same in bf16
   const int64_t* target_ids;   // [head]
-  const float* contexts;       // [requests, exit], or hidden where nothing is projected
+  const float* hidden;         // [requests, hidden]: the target's
   const int64_t* init_ids;     // [requests]
   const int64_t* seeds;        // [requests, length], or none where all are greedy
   const float *temperatures, *top_p, *min_p;  // [requests]; temperature 0 for the greedy ones
@@ -188,7 +188,7 @@ class Search {
         used += count * buffer.stride;
       };
       for (Buffer* buffer : {&embeddings_, &embedded_, &states_, &next_states_}) reserve(*buffer, rows, hidden);
-      for (Buffer* buffer : {&x_, &y_}) reserve(*buffer, rows, exit_);
+      for (Buffer* buffer : {&x_, &y_, &contexts_}) reserve(*buffer, rows, exit_);
       reserve(logits_, rows, size_);
       reserve(noise_, noisy, size_);
     }
@@ -209,6 +209,11 @@ class Search {
           write_noise(call_.seeds[index], temperature, call_.target_ids, size_, noise_.row(index));
       }
     }
+    // [h; s] W = h W_h + s W_s, and h is the same for all depths
+    const Buffer hidden = {const_cast<float*>(call_.hidden), call_.hidden_size};
+    if (call_.opening->panels)
+      multiply(*call_.opening, hidden, call_.num_requests,
+               [&](int64_t row, int64_t at, Vector sum) { store(contexts_, row, at, sum); });
     for (int64_t depth = 0; depth < call_.length && !is_over_; ++depth) {
       score();
       rank(depth);
@@ -257,13 +262,11 @@ class Search {
                [&](int64_t row, int64_t at, Vector sum) { store(x_, row, at, sum); });
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t size = is_projected ? exit_ : hidden;
-      const float* context = call_.contexts + row / live_ * size;
       float* x = x_.row(row);
       if (is_projected)
-        for (int64_t at = 0; at < size; ++at) x[at] += context[at];
+        for (int64_t at = 0; at < exit_; ++at) x[at] += contexts_.row(row / live_)[at];
       else
-        std::copy_n(next_states_.row(row), hidden, std::copy_n(context, hidden, x));
+        std::copy_n(next_states_.row(row), hidden, std::copy_n(call_.hidden + row / live_ * hidden, hidden, x));
     }
     Buffer x = x_, y = y_;
     for (int64_t block = 0; block < call_.num_blocks; ++block, std::swap(x, y))
@@ -332,7 +335,7 @@ class Search {
   int64_t live_ = 1, first_beam_ = -1, num_found_ = 0;
   bool is_over_ = false;
   std::vector<float> scores_;  // of the live beams
-  Buffer embeddings_, embedded_, states_, next_states_, x_, y_, logits_, noise_;
+  Buffer embeddings_, embedded_, states_, next_states_, x_, y_, contexts_, logits_, noise_;
 };
 
 // Returns how many candidates every request has.

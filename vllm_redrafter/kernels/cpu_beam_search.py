@@ -52,7 +52,13 @@ class PackedDrafter:
         embedding = drafter.rnn_w.weight if config.rnn and isinstance(drafter.rnn_w, nn.Linear) else None
         self.embedding = _Packed(embedding)
         self.recurrence = _Packed(drafter.rnn_u.weight, drafter.rnn_u.bias) if config.rnn else _Packed(None)
-        self.projection = _Packed(drafter.input_proj.weight[:, hidden:] if config.has_input_proj else None)
+        self.opening = self.projection = _Packed(None)
+        if config.has_input_proj:
+            weight = drafter.input_proj.weight
+            self.opening, self.projection = (
+                _Packed(weight[:, :hidden], drafter.input_proj.bias),
+                _Packed(weight[:, hidden:]),
+            )
         self.blocks = [_Packed(block.linear.weight, block.linear.bias) for block in drafter.residual_blocks()]
         self.head = _Packed(drafter.head_weight())
 
@@ -75,7 +81,7 @@ class CpuBeamSearch:
         self._num_kept = max(shape.width, num_candidates)
         self._blocks = (_Matrix * len(packed.blocks))(*(block.matrix for block in packed.blocks))
         self._call = call = _Call()
-        for name in ("embedding", "recurrence", "projection", "head"):
+        for name in ("opening", "embedding", "recurrence", "projection", "head"):
             setattr(call, name, ctypes.pointer(getattr(packed, name).matrix))
         call.blocks = ctypes.cast(self._blocks, ctypes.POINTER(_Matrix))
         if packed.table.dtype == torch.float32:
@@ -102,12 +108,12 @@ class CpuBeamSearch:
             draws: None where nothing is sampled, or nothing is known of it.
         """
         drafter, call = self._packed.drafter, self._call
-        context = drafter.start(hidden.to(drafter.dtype)).context.float().contiguous()
+        hidden = drafter.fuse(hidden.to(drafter.dtype)).float().contiguous()
         init_ids = init_ids.contiguous()
         shape = len(init_ids), self._length * self._num_kept
         token_ids, parents = torch.empty(2, *shape, dtype=torch.int64)
         log_probs = torch.empty(shape)
-        call.contexts, call.init_ids = context.data_ptr(), init_ids.data_ptr()
+        call.hidden, call.init_ids = hidden.data_ptr(), init_ids.data_ptr()
         call.token_ids, call.parents = token_ids.data_ptr(), parents.data_ptr()
         call.log_probs = log_probs.data_ptr()
         call.num_requests, call.floor = len(init_ids), floor
@@ -151,8 +157,9 @@ class _Call(ctypes.Structure):
     """`Call` in C++."""
 
     _fields_ = (
-        *((name, ctypes.POINTER(_Matrix)) for name in ("embedding", "recurrence", "projection", "blocks", "head")),
-        *((name, ctypes.c_void_p) for name in ("table", "half_table", "target_ids", "contexts", "init_ids", "seeds")),
+        *((name, ctypes.POINTER(_Matrix)) for name in ("opening", "embedding", "recurrence", "projection")),
+        *((name, ctypes.POINTER(_Matrix)) for name in ("blocks", "head")),
+        *((name, ctypes.c_void_p) for name in ("table", "half_table", "target_ids", "hidden", "init_ids", "seeds")),
         *((name, ctypes.c_void_p) for name in ("temperatures", "top_p", "min_p", "top_k")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "parents", "log_probs")),
         *((name, ctypes.c_int64) for name in ("num_requests", "num_blocks", "hidden_size")),
