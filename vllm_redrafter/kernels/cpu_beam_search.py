@@ -55,10 +55,8 @@ class PackedDrafter:
         self.opening = self.projection = _Packed(None)
         if config.has_input_proj:
             weight = drafter.input_proj.weight
-            self.opening, self.projection = (
-                _Packed(weight[:, :hidden], drafter.input_proj.bias),
-                _Packed(weight[:, hidden:]),
-            )
+            self.opening = _Packed(weight[:, :hidden], drafter.input_proj.bias)
+            self.projection = _Packed(weight[:, hidden:])
         self.blocks = [_Packed(block.linear.weight, block.linear.bias) for block in drafter.residual_blocks()]
         self.head = _Packed(drafter.head_weight())
 
