@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_redrafter.adapter import calibration
 from vllm_redrafter.adapter.calibration import Calibration, non_decreasing
 
 seeds = st.integers(0, 2**32 - 1)
@@ -25,6 +26,25 @@ def test_an_over_or_underconfident_drafter_is_seen_through(truth: object) -> Non
 
     # bins are a quarter of a nat wide, so the curve is not met exactly
     assert np.allclose(calibration.probabilities(probed), truth(np.exp(probed)), atol=0.06)  # type: ignore[operator]
+
+
+def test_rates_are_fitted_once_in_32_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_fits = 0
+
+    def count(*arguments: list[float]) -> list[float]:
+        nonlocal num_fits
+        num_fits += 1
+        return non_decreasing(*arguments)
+
+    monkeypatch.setattr(calibration, "non_decreasing", count)
+    calibrated = Calibration()
+    for _ in range(64):
+        calibrated.probabilities([-0.5])
+        calibrated.observe([-0.5], [True])
+
+    assert num_fits == 2
+    calibrated.log_prob_of(0.5)
+    assert num_fits == 3
 
 
 def test_what_the_drafter_does_now_outweighs_what_it_did_long_ago() -> None:

@@ -103,6 +103,32 @@ def test_drafts_that_do_not_pay_are_not_verified_but_once_in_32_steps() -> None:
     assert min(gaps) >= 32
 
 
+def test_drafts_that_were_verified_on_trial_are_not_verified_again_in_the_next_trials() -> None:
+    budget = losing_budget(draft_seconds=2.0)
+    load = budget.load(1)
+    load.pauses.gain, load.num_unverified_steps = 0.5, 31
+    verified = []
+    while sum(verified) < 2:
+        if budget.should_draft(1):
+            verified += choose(budget, np.log(np.array([[0.9]])), [True])
+            load.pauses.next_length = 8
+
+    # a trial in every ninth step
+    assert verified == [1, 0, 0, 0, 1]
+
+
+def test_what_was_known_before_a_long_pause_is_forgotten_once() -> None:
+    pauses_of_one = Budget(FREE, 8).load(1).pauses
+    forgets = []
+    for length in (8, 16):
+        pauses_of_one.next_length, pauses_of_one.trial = length, []
+        for _ in range(3):
+            forgets.append(pauses_of_one.is_long_over())
+            pauses_of_one.add_promise(1.0, 1, is_known=True)
+
+    assert forgets == [False, False, False, True, False, False]
+
+
 def serve_one(budget: Budget, num_steps: int, overhead: float) -> int:
     """Return how many of so many steps verified drafts; a pass takes 1, and what a step with drafts does besides more.
 
@@ -190,7 +216,8 @@ def test_a_promise_that_may_be_mistaken_or_not_be_kept_is_no_reason_to_draft(
     ("batch_size", "pass_seconds", "expected"), [(1, 1e-3, 1.13), (4, 2e-3, 1.12), (1, 20e-3, 1.035), (16, 0.1, 1.111)]
 )
 def test_short_steps_must_gain_more(batch_size: int, pass_seconds: float, expected: float) -> None:
-    budget = Budget(StepTimes(np.array([1.0]), np.array([pass_seconds])), 8)
+    # of any other number of requests a pass takes as good as no time
+    budget = Budget(StepTimes(np.array([0.0, batch_size, 64.0]), np.array([1e-9, pass_seconds, 1e-9])), 8)
 
     assert budget.load(batch_size).pauses.least_gain == pytest.approx(expected)
 
