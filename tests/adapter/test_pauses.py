@@ -85,7 +85,7 @@ def test_of_a_pause_the_last_step_and_one_in_eight_before_are_learnt_from() -> N
     assert [27 - index for index, each in enumerate(wanted) if each] == [24, 16, 8, 0]
 
 
-def test_drafts_that_do_not_pay_are_not_verified_but_once_in_32_steps() -> None:
+def test_drafts_that_do_not_pay_are_not_verified_but_once_in_128_steps() -> None:
     budget = Budget(FREE, 8)
     log_probs = np.full((1, 1), -0.75)
     for _ in range(15):  # the search takes all that a draft brings
@@ -93,28 +93,42 @@ def test_drafts_that_do_not_pay_are_not_verified_but_once_in_32_steps() -> None:
         budget.observe_step(plain_step(1.0))
     budget.load(1).pauses.gain = 0.5
     verified_after = []
-    for step in range(1, 600):
+    for step in range(1, 1200):
         if budget.should_draft(1):
             verified_after += [step] * choose(budget, log_probs, [True])[0]
             assert budget.load(1).pauses.trial is None, "what is hopeless is seen at once"
 
     gaps = np.diff(verified_after)
     assert len(gaps) > 2
-    assert min(gaps) >= 32
+    assert min(gaps) >= 128
 
 
 def test_drafts_that_were_verified_on_trial_are_not_verified_again_in_the_next_trials() -> None:
     budget = losing_budget(draft_seconds=2.0)
     load = budget.load(1)
-    load.pauses.gain, load.num_unverified_steps = 0.5, 31
+    load.pauses.gain, load.num_unverified_steps = 0.5, 127
     verified = []
     while sum(verified) < 2:
         if budget.should_draft(1):
             verified += choose(budget, np.log(np.array([[0.9]])), [True])
-            load.pauses.next_length = 8
+            load.pauses.next_length = 32
 
-    # a trial in every ninth step
+    # a trial in every 34th step
     assert verified == [1, 0, 0, 0, 1]
+
+
+def test_the_more_requests_there_are_the_more_rarely_drafts_are_verified_that_do_not_pay() -> None:
+    budget = Budget(FREE, 8)
+    for _ in range(15):
+        budget.observe_step(StepRecord(4, 4, True, 1.0, 2.0, 3.0))
+        budget.observe_step(plain_step(1.0, 4))
+    load = budget.load(4)
+    verified = []
+    for num_steps in (511, 512):
+        load.pauses.trial, load.num_unverified_steps = [], num_steps
+        verified.append(sum(choose(budget, np.full((4, 1), -0.75), [True] * 4)))
+
+    assert verified == [0, 4]
 
 
 def test_what_was_known_before_a_long_pause_is_forgotten_once() -> None:
