@@ -37,6 +37,15 @@ def pause_length(budget: Budget, batch_size: int) -> int:
     raise AssertionError
 
 
+def searching_budget(batch_size: int) -> Budget:
+    """Return a budget that has seen searches which take all that a draft brings."""
+    budget = Budget(FREE, 8)
+    for _ in range(15):
+        budget.observe_step(StepRecord(batch_size, batch_size, True, 1.0, 2.0, 3.0))
+        budget.observe_step(plain_step(1.0, batch_size))
+    return budget
+
+
 def losing_budget(draft_seconds: float = 0.05) -> Budget:
     """Return a budget that has seen what makes drafting lose: rows that cost a step, and time spent on drafting."""
     budget = Budget(PER_ROW, 8)
@@ -86,11 +95,7 @@ def test_of_a_pause_the_last_step_and_one_in_eight_before_are_learnt_from() -> N
 
 
 def test_drafts_that_do_not_pay_are_not_verified_but_once_in_128_steps() -> None:
-    budget = Budget(FREE, 8)
-    log_probs = np.full((1, 1), -0.75)
-    for _ in range(15):  # the search takes all that a draft brings
-        budget.observe_step(StepRecord(1, 1, True, 1.0, 2.0, 3.0))
-        budget.observe_step(plain_step(1.0))
+    budget, log_probs = searching_budget(1), np.full((1, 1), -0.75)
     budget.load(1).pauses.gain = 0.5
     verified_after = []
     for step in range(1, 1200):
@@ -118,10 +123,7 @@ def test_drafts_that_were_verified_on_trial_are_not_verified_again_in_the_next_t
 
 
 def test_the_more_requests_there_are_the_more_rarely_drafts_are_verified_that_do_not_pay() -> None:
-    budget = Budget(FREE, 8)
-    for _ in range(15):
-        budget.observe_step(StepRecord(4, 4, True, 1.0, 2.0, 3.0))
-        budget.observe_step(plain_step(1.0, 4))
+    budget = searching_budget(4)
     load = budget.load(4)
     verified = []
     for num_steps in (511, 512):

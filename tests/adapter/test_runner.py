@@ -297,9 +297,7 @@ def test_nodes_stand_at_the_positions_of_their_depths(monkeypatch: pytest.Monkey
     runner = object.__new__(TreeModelRunner)
     runner._proposed, runner.stats = {"b": tree, "c": tree}, Stats()
     runner.input_batch = SimpleNamespace(req_ids=["a", "b", "c", "d"])
-    output = SimpleNamespace(
-        scheduled_spec_decode_tokens={"b": tree.token_ids, "c": tree.token_ids[:1]}, finished_req_ids=set()
-    )
+    output = step_of({"a": 3, "b": 4, "c": 2, "d": 1}, {"b": tree.token_ids, "c": tree.token_ids[:1]})
     linear = [0, 1, 2, 40, 41, 42, 43, 70, 71, 90]
     runner.positions = torch.tensor([*linear, 5])
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -163,7 +163,7 @@ class TreeModelRunner(CPUModelRunner):
             return
         self._is_plain = True
         self._batch = tree_batch.of_roots(len(scheduled))
-        self._forget_proposals((*scheduled, *scheduler_output.finished_req_ids))
+        self._forget_proposals(scheduler_output)
         self.stats.num_skipped_drafts += 1
         self.stats.num_engine_steps += 1
         self.stats.count_plain(len(scheduled))
@@ -183,10 +183,10 @@ class TreeModelRunner(CPUModelRunner):
         finally:
             self.__class__, self.speculative_config = ours
 
-    def _forget_proposals(self, requests: Iterable[str]) -> None:
-        """Forget the trees of requests that were scheduled, with or without them, or have ended."""
+    def _forget_proposals(self, scheduler_output: Any) -> None:
+        """Forget the trees of requests that are scheduled, with or without them, or have ended."""
         if self._proposed:
-            for request in requests:
+            for request in (*scheduler_output.num_scheduled_tokens, *scheduler_output.finished_req_ids):
                 self._proposed.pop(request, None)
 
     def _learn_from_last_step(self, scheduled: Set[str], now: float) -> None:
@@ -229,7 +229,7 @@ class TreeModelRunner(CPUModelRunner):
         drafts = scheduler_output.scheduled_spec_decode_tokens
         self._query_ends = num_scheduled_tokens.cumsum().tolist()
         self._batch = tree_batch.assemble(self._proposed, self.input_batch.req_ids, drafts, self._query_ends)
-        self._forget_proposals((*self.input_batch.req_ids, *scheduler_output.finished_req_ids))
+        self._forget_proposals(scheduler_output)
         if self._batch.num_branching:
             self._place_nodes()
         self.stats.adapter_seconds += time.perf_counter() - started
