@@ -136,7 +136,7 @@ def serve(budget: Budget, seconds: Callable[[int], float], num_steps: int) -> li
     trees = np.log([chances]).tolist()
     verified = []
     for _ in range(num_steps):
-        choice = budget.choose(trees, [[-math.inf]], [False])
+        choice = budget.choose(trees, [[-math.inf]], [True])
         (num_nodes,) = choice.num_nodes
         verified.append(num_nodes)
         taken = seconds(num_nodes)
@@ -275,23 +275,26 @@ def test_where_rows_are_dear_the_search_ends_early() -> None:
 def test_how_deep_greedy_requests_are_searched_for_is_not_what_sampled_ones_are_judged_by() -> None:
     budget = Budget(TYPICAL, 8)
     budget.observe_acceptance([-0.5] * 1000, [False] * 1000, is_greedy=False)
-    choose(budget, np.log(np.array([[0.6, 0.3, 0.1, 0.05]])), [True])
+    log_probs = np.log(np.array([[0.6, 0.3, 0.1, 0.05]] * 2))
+    choose(budget, log_probs, [True, True])
+    budget.load(2, num_sampled=2).marginal_probability = budget.load(2).marginal_probability
 
-    assert budget.floor([False]) > budget.floor([True])
+    assert budget.floor([False, False]) > budget.floor([True, True]) > -math.inf
     assert budget.floor([True, False]) == budget.floor([True, True])
 
 
 def test_what_was_learnt_is_reported_by_load() -> None:
     budget = Budget(TYPICAL, 8)
-    budget.observe_step(plain_step(20.0, batch_size=3))
+    budget.observe_step(plain_step(20.0, batch_size=3)._replace(num_sampled=2))
+    budget.observe_step(plain_step(10.0, batch_size=2)._replace(num_sampled=1))
     choose(budget, np.log(np.array([[0.9, 0.8]])), [True])
 
     report = budget.as_dict()
 
-    assert set(report) == {"<2", "<4"}
-    assert report["<4"]["plain_ratio"] == pytest.approx(20.0 / float(TYPICAL.at(np.array(3.0))))
-    assert report["<2"]["gain"] > 1.0
-    assert (report["<4"]["chain_ratio"], report["<4"]["tree_ratio"]) == (1.0, 1.0)
-    assert math.isnan(report["<4"]["draft_ms"])
+    assert list(report) == ["<2 greedy", "<4 greedy", "<4 sampled"]
+    assert report["<4 sampled"]["plain_ratio"] == pytest.approx(20.0 / float(TYPICAL.at(np.array(3.0))))
+    assert report["<2 greedy"]["gain"] > 1.0
+    assert (report["<4 greedy"]["chain_ratio"], report["<4 greedy"]["tree_ratio"]) == (1.0, 1.0)
+    assert math.isnan(report["<4 greedy"]["draft_ms"])
     # vLLM's messages between processes carry plain numbers only
     assert {type(value) for record in report.values() for value in record.values()} == {float}

@@ -83,15 +83,42 @@ def test_drafting_pauses_when_it_does_not_pay_and_trials_become_rare(
     assert lengths == expected
 
 
-def test_of_a_pause_the_last_step_and_one_in_eight_before_are_learnt_from() -> None:
+def test_of_a_pause_the_last_step_and_one_in_sixteen_before_are_learnt_from() -> None:
     budget = Budget(FREE, 8)
-    budget.load(1).pauses.left = 28
+    budget.load(1).pauses.left = 60
     wanted = []
     while budget.load(1).pauses.left:
         assert not budget.should_draft(1)
         wanted.append(budget.wants_plain_step(1))
 
-    assert [27 - index for index, each in enumerate(wanted) if each] == [24, 16, 8, 0]
+    assert [59 - index for index, each in enumerate(wanted) if each] == [48, 32, 16, 0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 18, 60])
+def test_steps_that_are_skipped_count_and_are_none_that_would_be_learnt_from(length: int) -> None:
+    budget = Budget(FREE, 8)
+    load = budget.load(4)
+    load.pauses.left, load.num_unverified_steps = length, 0
+    skipped = wanted = asked = 0
+    while not budget.should_draft(4):
+        asked += 1
+        wanted += budget.wants_plain_step(4)
+        skipped += budget.skip_steps(4)
+
+    assert asked + skipped == length
+    assert load.num_unverified_steps == length + 1
+    assert wanted == math.ceil(length / 16)
+    assert asked <= 2 * wanted
+
+
+def test_what_greedy_requests_promise_decides_nothing_about_sampled_ones() -> None:
+    budget = Budget(FREE, 8)
+    budget.load(4, num_sampled=3).pauses.gain = 0.5
+
+    assert [budget.should_draft(4, num_sampled) for num_sampled in range(5)] == [True, True, True, False, False]
+    assert budget.load(4, num_sampled=2) is budget.load(4)
+    budget.load(4, num_sampled=4).pauses.left = 8
+    assert (budget.skip_steps(4), budget.skip_steps(4, 4)) == (0, 7)
 
 
 def test_drafts_that_do_not_pay_are_not_verified_but_once_in_128_steps() -> None:

@@ -12,7 +12,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from tests.adapter.trees import tree_of
 from vllm_redrafter.adapter import runner as runner_module
 from vllm_redrafter.adapter.budget import Choice
-from vllm_redrafter.adapter.costs import StepTimes
+from vllm_redrafter.adapter.costs import StepRecord, StepTimes
 from vllm_redrafter.adapter.runner import TreeModelRunner
 from vllm_redrafter.adapter.stats import Stats
 from vllm_redrafter.adapter.target_matrices import TargetMatrices
@@ -112,7 +112,7 @@ def test_what_was_foretold_of_a_pass_is_held_against_that_pass_alone(monkeypatch
     runner._batch = SimpleNamespace(trees=[SimpleNamespace(token_ids=[5])], num_nodes=1, num_branching=0)
     runner._decoding, runner._step_started, runner._forward_seconds, runner._draft_seconds = {"a"}, 0.0, 0.0, None
     runner._foretold_seconds = runner._next_foretold_seconds = None
-    runner._resumed, runner._is_plain = frozenset(), False
+    runner._resumed, runner._is_plain, runner._steps_to_skip, runner._num_sampled = frozenset(), False, 0, 0
     step = step_of({"a": 2}, {"a": [5]}, num_outputs=(3,))
 
     runner.execute_model(step)  # learns from the step before, for which nothing was chosen
@@ -166,18 +166,21 @@ class Steps:
         monkeypatch.setattr(CPUModelRunner, "sample_tokens", lambda runner, *args: self.note())
         self.noted: list[object] = []
         self.asked: list[int] = []
+        self.learnt: list[StepRecord] = []
         self.error: Exception | None = None
         self.runner = object.__new__(TreeModelRunner)
         self.runner.speculative_config, self.runner.stats = "ours", Stats()
         self.runner._decoding, self.runner._next_foretold_seconds = frozenset(), None
         self.runner._batch, self.runner._proposed = assemble({}, [], {}, []), {}
-        self.runner._budget, self.runner._resumed = None, frozenset()
+        self.runner._budget, self.runner._resumed, self.runner._steps_to_skip = None, frozenset(), 0
+        self.runner._step_started, self.runner._num_sampled = None, 0
         if is_automatic:
             self.runner._budget = SimpleNamespace(
-                should_draft=lambda batch_size: (self.asked.append(batch_size), drafts)[1],
+                should_draft=lambda batch_size, num_sampled: (self.asked.append(batch_size), drafts)[1],
                 floor=lambda greedy: -len(greedy) / 2,
-                observe_step=lambda step: None,
-                wants_plain_step=lambda batch_size: True,
+                observe_step=self.learnt.append,
+                wants_plain_step=lambda batch_size, num_sampled: True,
+                skip_steps=lambda batch_size, num_sampled: 0,
             )
         self.runner.input_batch = SimpleNamespace(req_ids=["a", "b"])
         self.runner.requests = dict.fromkeys("abc", SimpleNamespace(sampling_params=SamplingParams(temperature=0)))
@@ -237,6 +240,51 @@ def test_other_steps_are_ours(step: SimpleNamespace, monkeypatch: pytest.MonkeyP
     assert steps.run(step) == [TreeModelRunner] * 2
 
     assert steps.asked == [2], "it is asked when it is known who emits a token"
+
+
+def test_steps_that_nothing_is_to_be_decided_about_are_plain_vllms_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    plain = step_of({"a": 1, "b": 1}, {})
+    steps.run(plain)
+    steps.runner._budget.skip_steps = lambda batch_size, num_sampled: 3
+
+    for asked in ([2, 2], [2, 2], [2, 2], [2, 2], [2, 2, 2]):
+        assert steps.run(plain) == [CPUModelRunner] * 2
+        assert steps.asked == asked
+
+    stats = steps.runner.stats
+    assert (stats.num_engine_steps, stats.num_skipped_drafts) == (6, 6)
+    assert (stats.num_steps, stats.num_emitted_tokens) == (12, 12)
+    assert len(steps.learnt) == 1, "the first one: of the second and of those that are skipped no time was taken"
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        step_of({"a": 1, "c": 1}, {}),
+        step_of({"a": 1}, {}, finished=("b",)),
+        step_of({"a": 1, "b": 1, "c": 1}, {}, new=("c",)),
+        step_of({"a": 1, "b": 2}, {"b": [7]}),
+        step_of({"a": 1, "b": 9}, {}),
+    ],
+    ids=["another request", "a request less", "a new request", "drafts", "tokens computed again"],
+)
+def test_a_step_that_is_not_of_the_same_requests_is_decided_anew(
+    step: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    steps.runner._budget.skip_steps = lambda batch_size, num_sampled: 3
+    steps.run(step_of({"a": 1, "b": 1}, {}))
+    steps.runner._budget.skip_steps = lambda batch_size, num_sampled: 0
+    steps.noted.clear()
+
+    steps.run(step)
+    num_asked = len(steps.asked)
+    steps.run(step_of({"a": 1, "b": 1}, {}))
+
+    assert len(steps.asked) == num_asked + 1, "what was to be skipped is forgotten"
+    is_plain = not step.scheduled_new_reqs and set(step.num_scheduled_tokens.values()) == {1}
+    assert num_asked == 1 + is_plain
 
 
 def test_as_long_as_a_request_that_was_preempted_runs_steps_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:

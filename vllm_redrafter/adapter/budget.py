@@ -40,7 +40,7 @@ _UNVERIFIED_STEPS = 128
 
 
 class Load:
-    """What is known of one level of load.
+    """What is known of one level of load, of requests that are greedy or of such that are sampled.
 
     Args:
         level: 0 for one request, 1 for two or three, 2 for four to seven, ...
@@ -109,30 +109,42 @@ class Budget:
         self._max_nodes = max_nodes
         self._draft_length = draft_length
         self._calibrations = {True: Calibration(), False: Calibration()}  # by whether the request is greedy
-        self._loads: dict[int, Load] = {}
+        self._loads: dict[tuple[int, bool], Load] = {}  # by level, and whether most requests are sampled
         self._pass_seconds: list[float] = []
 
-    def load(self, batch_size: int) -> Load:
-        """Return the record for batches of about `batch_size` requests."""
-        level = batch_size.bit_length() - 1
-        if level not in self._loads:
-            self._loads[level] = Load(level, self._pass_time(1 << level))
-        return self._loads[level]
+    def load(self, batch_size: int, num_sampled: int = 0) -> Load:
+        """Return the record for batches of about `batch_size` requests, most of them greedy or most of them not.
 
-    def should_draft(self, batch_size: int) -> bool:
+        Of the same requests greedy ones may promise twice as much as sampled ones do. Judged by one record, each kind
+        would be drafted for as the other one deserves.
+        """
+        level = batch_size.bit_length() - 1
+        key = level, 2 * num_sampled > batch_size
+        if key not in self._loads:
+            self._loads[key] = Load(level, self._pass_time(1 << level))
+        return self._loads[key]
+
+    def should_draft(self, batch_size: int, num_sampled: int = 0) -> bool:
         """Return whether to draft after this step; counts the pauses."""
-        load = self.load(batch_size)
+        load = self.load(batch_size, num_sampled)
         load.num_unverified_steps += 1
         return load.pauses.should_draft()
 
-    def wants_plain_step(self, batch_size: int) -> bool:
+    def wants_plain_step(self, batch_size: int, num_sampled: int = 0) -> bool:
         """Return whether to learn from a step without drafts."""
-        return self.load(batch_size).pauses.wants_plain_step()
+        return self.load(batch_size, num_sampled).pauses.wants_plain_step()
+
+    def skip_steps(self, batch_size: int, num_sampled: int = 0) -> int:
+        """Return how many of the next steps there is nothing to decide about or to learn from; counts them."""
+        load = self.load(batch_size, num_sampled)
+        num_steps = load.pauses.skip_steps()
+        load.num_unverified_steps += num_steps
+        return num_steps
 
     def floor(self, is_greedy: Sequence[bool]) -> float:  # [batch]
         """Return the cumulative log-probability below which neither a node nor looking deeper pays."""
         batch_size = len(is_greedy)
-        load = self.load(batch_size)
+        load = self.load(batch_size, is_greedy.count(False))
         # where the search has been ending early this underestimates what a depth costs: the next goes a little deeper
         depth_seconds = load.costs.drafting() / self._draft_length
         worth_a_depth = load.speed * depth_seconds / batch_size / _CONTINUATION
@@ -150,7 +162,7 @@ class Budget:
             chains: [batch, depths], those on every request's best path.
             is_greedy: by request.
         """
-        load = self.load(len(trees))
+        load = self.load(len(trees), is_greedy.count(False))
         costs, pauses = load.costs, load.pauses
         if pauses.is_long_over():
             costs.forget_old()
@@ -218,7 +230,8 @@ class Budget:
 
     def observe_step(self, step: StepRecord) -> None:
         """Learn from a step of decoding."""
-        self.load(step.batch_size).costs.observe(step, self._pass_time(step.batch_size + step.num_nodes))
+        costs = self.load(step.batch_size, step.num_sampled).costs
+        costs.observe(step, self._pass_time(step.batch_size + step.num_nodes))
 
     def _pass_time(self, num_rows: int) -> float:
         """Return what a forward pass of so many rows took at start."""
@@ -233,7 +246,7 @@ class Budget:
     def as_dict(self) -> dict[str, Any]:
         """Return, by load, what was learnt: for statistics."""
         return {
-            f"<{2 << level}": {
+            f"<{2 << level} {'sampled' if is_sampled else 'greedy'}": {
                 "gain": load.pauses.gain,
                 "plain_ratio": median_or(load.costs.plain_ratio, math.nan),
                 "chain_ratio": load.costs.chains.recent(),
@@ -243,5 +256,5 @@ class Budget:
                 "other_ms": 1e3 * median_or(load.costs.other_seconds, math.nan),
                 "marginal_probability": load.marginal_probability,
             }
-            for level, load in sorted(self._loads.items())
+            for (level, is_sampled), load in sorted(self._loads.items(), key=lambda item: item[0])
         }

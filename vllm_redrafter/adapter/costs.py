@@ -112,6 +112,8 @@ class StepRecord(NamedTuple):
     """From its start to the start of the next step."""
     foretold_seconds: float | None = None
     """Of its forward pass, when its nodes were chosen; None where none were."""
+    num_sampled: int = 0
+    """Requests of the batch that are not greedy."""
 
 
 class Costs:

@@ -18,7 +18,7 @@ _LONG_PAUSE = 8  # steps without drafting, after which what was known of it befo
 _LONGEST_PAUSE = 256  # steps without drafting before it is tried again, however dear that is
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256  # the most drafted steps between two of them: intervals double up to that
-_PLAIN_STEPS_PER_LESSON = 8  # in a pause, of which one is learnt from
+_PLAIN_STEPS_PER_LESSON = 16  # in a pause, of which one is learnt from
 _COLD_SECONDS = 5e-3  # of a step: those that take less take visibly longer after steps of another kind
 _COLD_STEPS = 2  # so many
 
@@ -64,8 +64,14 @@ class Pauses:
         return True
 
     def wants_plain_step(self) -> bool:
-        """Return whether to learn from a step without drafts: from the last one of a pause, and one in eight before."""
+        """Return whether to learn from a step without drafts: from the last one of a pause, and one in 16 before."""
         return self.left % _PLAIN_STEPS_PER_LESSON == 0
+
+    def skip_steps(self) -> int:
+        """Take from a pause the steps before the next one that is learnt from, and return how many they are."""
+        num_steps = max(self.left % _PLAIN_STEPS_PER_LESSON - 1, 0)
+        self.left -= num_steps
+        return num_steps
 
     def is_long_over(self) -> bool:
         """Return whether a long pause has just ended: the next promise is the first one since."""

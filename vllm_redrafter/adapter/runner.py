@@ -76,7 +76,8 @@ class TreeModelRunner(CPUModelRunner):
         self._last_rows: list[int] = []
         self._discarded = _NOBODY
         self._budget: Budget | None = None
-        self._step_started = 0.0
+        self._step_started: float | None = None
+        """None where a step is not timed."""
         self._forward_seconds = 0.0
         self._draft_seconds: float | None = None
         self._foretold_seconds: float | None = None
@@ -86,6 +87,10 @@ class TreeModelRunner(CPUModelRunner):
         """The requests of a step, if none of them is at its prompt."""
         self._is_plain = False
         """Whether the step neither verifies nor drafts anything."""
+        self._steps_to_skip = 0
+        """Steps after it that are decided to be like it, as long as they are of the same requests."""
+        self._num_sampled = 0
+        """Requests that are not greedy, when it was last decided whether to draft."""
         self._resumed: Set[str] = frozenset()
         """Requests that were preempted: what they had before may be computed once more at any time."""
         self._floor: float | None = None
@@ -130,12 +135,18 @@ class TreeModelRunner(CPUModelRunner):
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Run the forward pass as vLLM does; its time tells the budget what a step costs."""
-        now = time.perf_counter()
         scheduled = scheduler_output.num_scheduled_tokens
+        num_rows = scheduler_output.total_num_scheduled_tokens
+        if self._steps_to_skip and num_rows == len(scheduled) and scheduled.keys() == self._decoding:
+            self._steps_to_skip -= 1
+            self._step_started = None
+            self.stats.count_skipped(num_rows)
+            return self._left_alone(super().execute_model, scheduler_output, intermediate_tensors)
+        now = time.perf_counter()
         self._learn_from_last_step(scheduled.keys(), now)
         num_drafts = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
         # every request has one token more than drafts; only those that are at their prompt have more
-        is_decoding = scheduler_output.total_num_scheduled_tokens == len(scheduled) + num_drafts
+        is_decoding = num_rows == len(scheduled) + num_drafts
         self._decoding = scheduled.keys() if is_decoding else frozenset()
         self._step_started = now
         self._foretold_seconds, self._next_foretold_seconds = self._next_foretold_seconds, None
@@ -154,7 +165,7 @@ class TreeModelRunner(CPUModelRunner):
         scheduled, cached = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_cached_reqs
         # a prompt may come token by token, and so may what is computed once more
         self._resumed = (self._resumed | cached.resumed_req_ids) - scheduler_output.finished_req_ids
-        self._floor, self._is_plain = None, False
+        self._floor, self._is_plain, self._steps_to_skip = None, False, 0
         is_past_prompts = self._decoding and not scheduler_output.scheduled_new_reqs and all(cached.num_output_tokens)
         if not is_past_prompts or self._resumed or scheduler_output.scheduled_spec_decode_tokens:
             return
@@ -164,9 +175,9 @@ class TreeModelRunner(CPUModelRunner):
         self._is_plain = True
         self._batch = tree_batch.of_roots(len(scheduled))
         self._forget_proposals(scheduler_output)
-        self.stats.num_skipped_drafts += 1
-        self.stats.num_engine_steps += 1
-        self.stats.count_plain(len(scheduled))
+        self.stats.count_skipped(len(scheduled))
+        if self._budget is not None:
+            (self._steps_to_skip,) = _from_first_rank([self._budget.skip_steps(len(scheduled), self._num_sampled)])
 
     def _left_alone(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of vLLM's runner on one that is not ours, if this step has nothing to do with drafts.
@@ -191,10 +202,10 @@ class TreeModelRunner(CPUModelRunner):
 
     def _learn_from_last_step(self, scheduled: Set[str], now: float) -> None:
         """Tell the budget what it took, if nothing but decoding these requests was done from its start until now."""
-        budget = self._budget
-        if budget is None or not self._decoding or self._decoding != scheduled:
+        budget, started = self._budget, self._step_started
+        if budget is None or started is None or not self._decoding or self._decoding != scheduled:
             return
-        if self._is_plain and not budget.wants_plain_step(len(scheduled)):
+        if self._is_plain and not budget.wants_plain_step(len(scheduled), self._num_sampled):
             return
         budget.observe_step(
             StepRecord(
@@ -203,8 +214,9 @@ class TreeModelRunner(CPUModelRunner):
                 self._batch.num_branching > 0,
                 self._forward_seconds,
                 self._draft_seconds,
-                now - self._step_started,
+                now - started,
                 self._foretold_seconds,
+                self._num_sampled,
             )
         )
 
@@ -418,8 +430,10 @@ class TreeModelRunner(CPUModelRunner):
         if self._budget is None:
             return float("-inf")
         floor = math.nan
-        if self._budget.should_draft(len(request_ids)):
-            floor = self._budget.floor([is_greedy(self.requests[each].sampling_params) for each in request_ids])
+        greedy = [is_greedy(self.requests[each].sampling_params) for each in request_ids]
+        self._num_sampled = greedy.count(False)
+        if self._budget.should_draft(len(greedy), self._num_sampled):
+            floor = self._budget.floor(greedy)
         (agreed,) = _from_first_rank([floor])
         return None if math.isnan(agreed) else agreed
 

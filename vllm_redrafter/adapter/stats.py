@@ -43,6 +43,12 @@ class Stats:
     """Time of tree bookkeeping: batch assembly, attention rounds, budget, lists for the scheduler."""
     num_engine_steps: int = 0
 
+    def count_skipped(self, num_requests: int) -> None:
+        """Count a step of so many requests that had nothing to verify and after which nothing was drafted."""
+        self.num_engine_steps += 1
+        self.num_skipped_drafts += 1
+        self.count_plain(num_requests)
+
     def count_plain(self, num_requests: int) -> None:
         """Count a step of so many requests, each of which had nothing to verify and emitted one token."""
         self.num_steps += num_requests
