@@ -316,6 +316,46 @@ def test_passes_that_take_longer_than_foretold_make_promises_smaller(num_steps: 
     assert choice.forward_seconds == 1.0, "what is foretold of the next pass is not changed by that"
 
 
+@pytest.mark.parametrize("slow", [0.7, 1.0, 1.3])
+def test_drafts_and_plain_steps_that_were_seen_at_different_paces_of_the_machine_are_compared_at_one(
+    slow: float,
+) -> None:
+    budget = Budget(FREE, max_nodes=1)
+
+    def see(pace: float, num_drafted: int, num_plain: int) -> None:
+        for _ in range(num_drafted):
+            budget.observe_step(StepRecord(1, 1, True, pace, 0.1 * pace, 1.2 * pace))
+        for _ in range(num_plain):
+            budget.observe_step(plain_step(pace)._replace(total_seconds=1.1 * pace))
+
+    see(1.0, num_drafted=7, num_plain=7)
+    see(slow, num_drafted=0, num_plain=15)
+    see(1.0, num_drafted=7, num_plain=0)
+
+    # two tokens in 1.2, of which drafting took 0.1, where plain steps take 1.1: whenever they were seen
+    assert promised(budget, np.zeros((1, 1))) == pytest.approx(2 / 1.2 * 1.1)
+
+
+def test_the_machines_pace_is_one_for_all_loads() -> None:
+    budget = Budget(FREE, max_nodes=1)
+    for batch_size in (1, 4):
+        for _ in range(3):
+            budget.observe_step(plain_step(1.0, batch_size))
+    for _ in range(7):
+        budget.observe_step(plain_step(1.5, batch_size=4))
+
+    costs = budget.load(1).costs
+    assert costs.plain_step(1.0, costs.chains) == 1.5
+
+
+def test_passes_that_take_less_than_foretold_make_no_promise_larger() -> None:
+    budget = Budget(FREE, max_nodes=1)
+    for _ in range(8):
+        budget.observe_step(StepRecord(1, 1, True, 1.0, 0.0, 1.0, foretold_seconds=1.25))
+
+    assert promised(budget, np.zeros((1, 1))) == pytest.approx(2.0)
+
+
 def test_one_bad_promise_outside_a_trial_does_not_stop_drafting() -> None:
     budget = losing_budget()
     budget.load(1).pauses.gain = 1.5

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vllm_redrafter.adapter.calibration import Calibration
-from vllm_redrafter.adapter.costs import Costs, PassRatios, StepRecord, StepTimes, median_or
+from vllm_redrafter.adapter.costs import Costs, Pace, PassRatios, StepRecord, StepTimes, median_or
 from vllm_redrafter.adapter.pauses import Pauses
 
 _TRIAL_INTERVAL = 16  # choices of which one is the least known
-_TRIAL_WORTH = 0.96  # of the best one's tokens per second, which it promises at least
+_TRIAL_WORTH = 0.93  # of the best one's tokens per second, which it promises at least
 _CONTINUATION = 0.4  # tokens that one depth more brings, over the probability of the best beam so far
 # for each request, after which drafts are verified though they are known not to pay: requests that began together then
 # end apart, and their prompts come one by one, which with 8 requests of 64 tokens costs 3 to 9% of all that they take
@@ -45,10 +45,11 @@ class Load:
     Args:
         level: 0 for one request, 1 for two or three, 2 for four to seven, ...
         pass_seconds: what a forward pass of that many requests takes.
+        pace: the machine's.
     """
 
-    def __init__(self, level: int, pass_seconds: float) -> None:
-        self.costs = Costs()
+    def __init__(self, level: int, pass_seconds: float, pace: Pace) -> None:
+        self.costs = Costs(pace)
         self.pauses = Pauses(level, pass_seconds)
         self.marginal_probability = 0.0
         """A node less likely than this did not pay at the last choice."""
@@ -109,6 +110,7 @@ class Budget:
         self._max_nodes = max_nodes
         self._draft_length = draft_length
         self._calibrations = {True: Calibration(), False: Calibration()}  # by whether the request is greedy
+        self._pace = Pace()
         self._loads: dict[tuple[int, bool], Load] = {}  # by level, and whether most requests are sampled
         self._pass_seconds: list[float] = []
 
@@ -121,7 +123,7 @@ class Budget:
         level = batch_size.bit_length() - 1
         key = level, 2 * num_sampled > batch_size
         if key not in self._loads:
-            self._loads[key] = Load(level, self._pass_time(1 << level))
+            self._loads[key] = Load(level, self._pass_time(1 << level), self._pace)
         return self._loads[key]
 
     def should_draft(self, batch_size: int, num_sampled: int = 0) -> bool:
@@ -174,7 +176,7 @@ class Budget:
         best = options.best()
         load.speed, load.marginal_probability = options.speeds[best], options.marginal_probability()
         expected_tokens = load.speed * (options.forward_seconds[best] + overhead)
-        late_seconds = options.forward_seconds[best] * median_or(costs.lateness, 1.0) + overhead
+        late_seconds = options.forward_seconds[best] * costs.late_by() + overhead
         plain_seconds = costs.plain_step(self._pass_time(len(trees)), ratios)
         is_known = costs.are_known(best)
         promise = expected_tokens / late_seconds * plain_seconds / len(trees)
@@ -251,9 +253,9 @@ class Budget:
                 "plain_ratio": median_or(load.costs.plain_ratio, math.nan),
                 "chain_ratio": load.costs.chains.recent(),
                 "tree_ratio": load.costs.trees.recent(),
-                "draft_ms": 1e3 * median_or(load.costs.draft_seconds, math.nan),
-                "lateness": median_or(load.costs.lateness, math.nan),
-                "other_ms": 1e3 * median_or(load.costs.other_seconds, math.nan),
+                "draft_ms": 1e3 * load.costs.drafting(),
+                "lateness": load.costs.late_by(),
+                "other_ms": 1e3 * load.costs.other(),
                 "marginal_probability": load.marginal_probability,
             }
             for (level, is_sampled), load in sorted(self._loads.items(), key=lambda item: item[0])

@@ -44,6 +44,24 @@ class StepTimes(NamedTuple):
         return float(self.at(np.array(float(num_rows))))
 
 
+class Pace:
+    """How long things take by now over what they took when they were measured first.
+
+    A machine that others share changes its pace by a fifth within seconds. What was measured at different times can
+    only be compared once that is taken out: else drafts that happened to be seen in a good moment look better than the
+    plain steps of a bad one, and for as long as both are remembered.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_PACE_WINDOW)
+        self.now = 1.0
+
+    def observe(self, ratio: float) -> None:
+        """Learn from what something took over what it takes at pace 1."""
+        self._recent.append(ratio)
+        self.now = median(self._recent)
+
+
 class PassRatios:
     """Seconds of forward passes over those expected from the passes at start, which know of rows alone.
 
@@ -51,9 +69,9 @@ class PassRatios:
     What has not been seen is taken to cost as little as the passes at start say, so that it is tried.
     """
 
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_WINDOW)
-        self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._recent: deque[float] = deque(maxlen=_WINDOW)  # at pace 1
         self._by_nodes: dict[int, deque[float]] = {}
         self._own: dict[int, float] = {}  # that of passes with so many nodes, at pace 1, once there were enough of them
         self.num_seen: Counter[int] = Counter()
@@ -64,12 +82,13 @@ class PassRatios:
         """Learn from a pass with so many nodes."""
         self._num_unused = 0
         self.num_seen[num_nodes] += 1
-        if num_nodes:
-            self._recent.append(ratio)
         if num_nodes in self._own:
-            self._paces.append(ratio / self._own[num_nodes])
+            self._pace.observe(ratio / self._own[num_nodes])
+        steady = ratio / self._pace.now
+        if num_nodes:
+            self._recent.append(steady)
         seen = self._by_nodes.setdefault(num_nodes, deque(maxlen=_WINDOW))
-        seen.append(ratio / median_or(self._paces, 1.0))
+        seen.append(steady)
         if len(seen) >= ENOUGH:
             self._own[num_nodes] = median(seen)
 
@@ -78,7 +97,6 @@ class PassRatios:
         self._num_unused += 1
         if self._num_unused == _OUTDATED:
             self._recent.clear()
-            self._paces.clear()
             self._by_nodes.clear()
             self._own.clear()
 
@@ -88,11 +106,11 @@ class PassRatios:
 
     def recent(self) -> float:
         """Return that of the last passes with nodes, however many."""
-        return median_or(self._recent, 1.0)
+        return self._pace.now * median_or(self._recent, 1.0)
 
     def of_all(self, most_nodes: int) -> list[float]:
         """Return those of passes with 0, 1, 2, ... nodes, up to `most_nodes` or what is known, if that is more."""
-        pace, recent = median_or(self._paces, 1.0), self.recent()
+        pace, recent = self._pace.now, self.recent()
         counts = range(1 + max([most_nodes, *self._own]))
         return [pace * self._own[count] if count in self._own else recent for count in counts]
 
@@ -117,10 +135,15 @@ class StepRecord(NamedTuple):
 
 
 class Costs:
-    """What steps cost at one level of load."""
+    """What steps cost at one level of load.
 
-    def __init__(self) -> None:
-        self.chains, self.trees = PassRatios(), PassRatios()
+    Args:
+        pace: the machine's, which all levels share. What is remembered is what things take at pace 1.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self.chains, self.trees = PassRatios(pace), PassRatios(pace)
         self.draft_seconds: deque[float] = deque(maxlen=_WINDOW)
         self.other_seconds: deque[float] = deque(maxlen=_WINDOW)
         """Scheduling, sampling and messages where drafts are verified: what is neither forward pass nor drafting."""
@@ -143,15 +166,16 @@ class Costs:
             if step.foretold_seconds is not None and kinds[0].is_known():
                 self.lateness.append(step.forward_seconds / step.foretold_seconds)
         kinds[0].observe(step.num_nodes, step.forward_seconds / expected)
+        pace = self._pace.now
         if not step.num_nodes and step.draft_seconds is None:
-            self.plain_ratio.append(step.total_seconds / expected)
+            self.plain_ratio.append(step.total_seconds / expected / pace)
             return
         if step.draft_seconds is not None:
-            self.draft_seconds.append(step.draft_seconds)
+            self.draft_seconds.append(step.draft_seconds / pace)
         # at every depth of a walk the sampler is called once more: a step with nothing to verify tells too little
         if step.num_nodes:
             other = step.total_seconds - step.forward_seconds - (step.draft_seconds or 0.0)
-            self.other_seconds.append(max(other, 0.0))
+            self.other_seconds.append(max(other, 0.0) / pace)
 
     def forget_old(self) -> None:
         """Keep no more of what is measured with drafts alone than is believed at least.
@@ -167,13 +191,21 @@ class Costs:
         """Return whether enough steps have drafted, and verified if so many nodes look best, to believe a promise."""
         return len(self.draft_seconds) >= ENOUGH and (num_nodes == 0 or len(self.other_seconds) >= ENOUGH)
 
+    def late_by(self) -> float:
+        """Return how many times longer than foretold passes take: a choice never makes one quicker."""
+        return max(median_or(self.lateness, 1.0), 1.0)
+
     def drafting(self) -> float:
         """Return the seconds of drafting."""
-        return median_or(self.draft_seconds, 0.0)
+        return self._pace.now * median_or(self.draft_seconds, 0.0)
+
+    def other(self) -> float:
+        """Return the seconds of a step that verifies drafts beside its forward pass and drafting."""
+        return self._pace.now * median_or(self.other_seconds, 0.0)
 
     def overhead(self) -> float:
         """Return the seconds of a step with drafts beside its forward pass."""
-        return median_or(self.other_seconds, 0.0) + self.drafting()
+        return self.other() + self.drafting()
 
     def plain_step(self, expected: float, ratios: PassRatios) -> float:
         """Return the seconds of a step of plain decoding.
@@ -182,12 +214,13 @@ class Costs:
             expected: those of its forward pass by those at start.
             ratios: what stands for those of its pass while it has not been seen.
         """
+        pace = self._pace.now
         if len(self.plain_ratio) >= ENOUGH:
-            return expected * median(self.plain_ratio)
+            return expected * pace * median(self.plain_ratio)
         # the least of what little is known: one slow step must not let drafts look good, whereas one that was too fast
         # leads to a pause, in which more of them are seen
-        unseen = expected * ratios.recent() + median_or(self.other_seconds, 0.0)
-        return min([unseen, *(expected * ratio for ratio in self.plain_ratio)])
+        unseen = expected * ratios.recent() + self.other()
+        return min([unseen, *(expected * pace * ratio for ratio in self.plain_ratio)])
 
 
 def median_or(values: Sequence[float], default: float) -> float:
