@@ -17,6 +17,7 @@ from vllm_redrafter.bench.speed import (
     Result,
     SpeculativeConfig,
     measure,
+    median_range,
     speculative_config,
     summarise,
 )
@@ -180,6 +181,26 @@ def test_a_speed_up_is_the_median_of_ratios_within_rounds() -> None:
     assert result.speedup == pytest.approx(2.0)
     assert result.tokens_per_second == pytest.approx(20.0)
     assert result.rounds == pytest.approx([20.0, 20 / 3, 20.0])
+
+
+@pytest.mark.parametrize(
+    ("num_values", "outside"),
+    [(1, 0), (5, 0), (6, 1), (8, 1), (9, 2), (12, 3), (20, 6), (36, 12)],
+)
+def test_the_median_lies_between_the_values_of_the_sign_test(num_values: int, outside: int) -> None:
+    shuffled = [float(7 * place % num_values) for place in range(num_values)]
+
+    expected = (outside - 1.0, float(num_values - outside)) if outside else None
+
+    assert median_range(shuffled) == expected
+
+
+def test_from_six_rounds_on_it_is_said_where_the_speed_up_lies() -> None:
+    plain = [outcome(1.0, [[5] * 10])] * 6
+    ours = [outcome(seconds, [[5] * 10]) for seconds in (1.0, 0.5, 0.5, 0.5, 0.5, 0.25)]
+
+    assert summarise("tree8", 1, 0.0, ours, plain).speedup_range == pytest.approx((1.0, 4.0))
+    assert summarise("tree8", 1, 0.0, ours[:5], plain[:5]).speedup_range is None
 
 
 def test_an_answer_that_differs_in_any_round_is_counted() -> None:

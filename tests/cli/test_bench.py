@@ -51,10 +51,11 @@ def test_speed_prints_a_table_and_one_line_of_json(
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert status == 0
-    assert lines[0].split() == ["batch", "T", "tokens/s", "x", "plain", "tokens/step", "nodes/step", "output"]
+    header = ["batch", "T", "tokens/s", "x", "plain", "95%", "in", "tokens/step", "nodes/step", "output"]
+    assert lines[0].split() == header
     # 8 prompts of 5 tokens take the fake a second alone, and half a second with a drafter
-    assert lines[1].split() == ["plain", "1", "0", "40.0", "1.00x", "1.00", "–", "identical"]
-    assert lines[2].split() == ["tree8", "1", "0", "80.0", "2.00x", "2.00", "–", "identical"]
+    assert lines[1].split() == ["plain", "1", "0", "40.0", "1.00x", "–", "1.00", "–", "identical"]
+    assert lines[2].split() == ["tree8", "1", "0", "80.0", "2.00x", "–", "2.00", "–", "identical"]
     assert json.loads(lines[-1])["identical"] is True
     assert json.loads(lines[-1])["results"][1] == {
         "config": "tree8",
@@ -62,6 +63,7 @@ def test_speed_prints_a_table_and_one_line_of_json(
         "temperature": 0.0,
         "tokens_per_second": 80.0,
         "speedup": 2.0,
+        "speedup_range": None,
         "tokens_per_step": 2.0,
         "nodes_per_step": None,
         "identical": True,
@@ -79,6 +81,17 @@ def test_speed_says_where_the_time_of_a_step_goes(
     # plain: 8 prompts of 5 tokens take 40 steps and a second
     assert lines[5].split() == ["plain", "1", "0", "25.00", "–", "25.00"]
     assert lines[6].split() == ["tree8", "1", "0", "100.00", "10.00", "90.00"]
+
+
+def test_speed_says_from_six_rounds_on_how_sure_a_speed_up_is(
+    fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_speed(fake_pair, tmp_path, "--configs", "plain,tree8", "--temperature", "0", "--rounds", "6")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[3:6] == ["40.0", "1.00x", "–"]
+    assert lines[2].split()[3:6] == ["80.0", "2.00x", "2.00–2.00"]
+    assert json.loads(lines[-1])["results"][1]["speedup_range"] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,26 @@ def test_it_shows_the_text_the_table_and_the_figures(
         "mean_acceptance_length": 3.0,
         "tokens_per_second": {"baseline": 4.0, "chain": 8.0, "tree": 8.0, "auto": 8.0},
     }
+
+
+def test_it_says_how_to_go_on_in_commands_that_can_be_typed_where_it_was_called(
+    fake_pair: FakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = tmp_path / "my venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "vllm"):
+        (programs / name).touch()
+    monkeypatch.setattr("sys.executable", str(programs / "python"))
+    monkeypatch.chdir(tmp_path)
+    target, drafter = str(tmp_path / "target"), str(tmp_path / "drafter")
+
+    assert run(fake_pair, tmp_path) == 0
+
+    lines = [shlex.split(line) for line in capsys.readouterr().err.splitlines()]
+    (serve,) = [line for line in lines if "--speculative-config" in line]
+    assert serve[:4] == ["my venv/bin/vllm", "serve", target, "--speculative-config"]
+    assert json.loads(serve[4]) == {"method": "redrafter", "model": drafter, "num_speculative_tokens": 8}
+    assert ["vllm-redrafter", "verify", "--target", target, "--drafter", drafter] in lines
 
 
 def test_json_only_prints_one_line(fake_pair: FakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class Result(NamedTuple):
     """Median over rounds."""
     speedup: float
     """Median over rounds of the ratio to plain vLLM in the same round."""
+    speedup_range: tuple[float, float] | None
+    """Between which ratios it lies, see `median_range`."""
     tokens_per_step: float | None
     """Tokens that a request gets from a decode step; None where every answer has one token."""
     mean_acceptance_length: float | None
@@ -256,12 +259,14 @@ def summarise(
     )
     stats = {name: sum(outcome.stats[name] for outcome in outcomes) for name in outcomes[0].stats}
     rounds = [outcome.tokens_per_second for outcome in outcomes]
+    speedups = [ours / alone.tokens_per_second for ours, alone in zip(rounds, plain, strict=True)]
     return Result(
         config,
         batch_size,
         temperature,
         tokens_per_second=median(rounds),
-        speedup=median(ours / alone.tokens_per_second for ours, alone in zip(rounds, plain, strict=True)),
+        speedup=median(speedups),
+        speedup_range=median_range(speedups),
         tokens_per_step=decoded / steps if steps else None,
         mean_acceptance_length=_ratio(stats, "num_emitted_tokens", "num_steps"),
         nodes_per_step=_ratio(stats, "num_draft_tokens", "num_steps"),
@@ -276,6 +281,20 @@ def summarise(
         ),
         rounds=rounds,
     )
+
+
+def median_range(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return between which of so many values their distribution's median lies, with 95% certainty.
+
+    The interval of the sign test, which assumes nothing of the distribution but that values are drawn independently:
+    rounds of one start of an engine are not quite. Fewer than six values do not tell.
+    """
+    places = sorted(values)
+    outside, chance = 0, 0.5 ** len(places)  # that all values lie on one side of it
+    while 2 * chance <= 0.05:
+        outside += 1
+        chance += math.comb(len(places), outside) * 0.5 ** len(places)
+    return (places[outside - 1], places[-outside]) if outside else None
 
 
 def _ratio(stats: Mapping[str, float], above: str, below: str) -> float | None:

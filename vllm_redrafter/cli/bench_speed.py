@@ -141,6 +141,7 @@ def render(results: Sequence[Result]) -> str:
                 *load,
                 table.number(result.tokens_per_second, 1),
                 table.number(result.speedup, 2, "x"),
+                _range(result),
                 table.number(result.tokens_per_step),
                 table.number(result.nodes_per_step, 1),
                 _identity(result),
@@ -148,7 +149,8 @@ def render(results: Sequence[Result]) -> str:
         )
         if result.step_ms:
             step_rows.append((*load, *(table.number(result.step_ms.get(part)) for part in parts)))
-    text = table.render(("", "batch", "T", "tokens/s", "x plain", "tokens/step", "nodes/step", "output"), speed_rows)
+    header = ("", "batch", "T", "tokens/s", "x plain", "95% in", "tokens/step", "nodes/step", "output")
+    text = table.render(header, speed_rows)
     if not step_rows:
         return text
     return text + "\n\n" + table.render(("ms per step", "batch", "T", *parts), step_rows)
@@ -196,6 +198,15 @@ def _is_lossless(config: SpeculativeConfig) -> bool:
     return config is None or config["method"] == "redrafter"
 
 
+def _range(result: Result) -> str:
+    """Return where the speed-up is with 95% certainty, or a dash where too few rounds were run to tell."""
+    from vllm_redrafter.bench.speed import PLAIN
+
+    if result.speedup_range is None or result.config == PLAIN:
+        return "–"
+    return "–".join(table.number(end) for end in result.speedup_range)
+
+
 def _identity(result: Result) -> str:
     return "identical" if result.num_different == 0 else f"{result.num_different} of {result.num_answers} differ"
 
@@ -207,6 +218,7 @@ def _summary(result: Result) -> dict[str, Any]:
         "temperature": result.temperature,
         "tokens_per_second": round(result.tokens_per_second, 1),
         "speedup": round(result.speedup, 3),
+        "speedup_range": result.speedup_range and [round(end, 3) for end in result.speedup_range],
         "tokens_per_step": None if result.tokens_per_step is None else round(result.tokens_per_step, 3),
         "nodes_per_step": None if result.nodes_per_step is None else round(result.nodes_per_step, 3),
         "identical": result.num_different == 0,

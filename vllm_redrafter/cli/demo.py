@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -79,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     summary = summarise(rounds)
     if not arguments.json_only:
         print(_render(rounds))
-        print(f"outputs identical: {'yes' if summary['identical'] else 'NO'}")
+        print(f"outputs identical: {'yes' if summary['identical'] else 'NO'}", flush=True)
+        print(f"\n{_next_commands(arguments)}\n", file=sys.stderr)
     print(json.dumps(summary))
     return 0 if summary["identical"] else FAILED
 
@@ -92,6 +96,23 @@ def summarise(rounds: dict[str, race.Rounds]) -> dict[str, Any]:
         "mean_acceptance_length": round(_mean_acceptance_length(rounds["auto"]), 3),
         "tokens_per_second": {name: round(median(_speeds(own)), 1) for name, own in rounds.items()},
     }
+
+
+def _next_commands(arguments: argparse.Namespace) -> str:
+    """Return how to serve the pair and how to prove that it is lossless, as they can be typed here."""
+    # the growing ends with the demo: what can be served of the example pair is what ships
+    target = arguments.target or os.path.relpath(EXAMPLES / "target")
+    drafter = arguments.drafter or os.path.relpath(EXAMPLES / "drafter")
+    config = json.dumps({"method": "redrafter", "model": drafter, "num_speculative_tokens": 8})
+    serve = [_program("vllm"), "serve", target, "--speculative-config", config]
+    verify = [_program("vllm-redrafter"), "verify", "--target", target, "--drafter", drafter]
+    return f"to serve this pair:\n  {shlex.join(serve)}\nto prove that it changes nothing:\n  {shlex.join(verify)}"
+
+
+def _program(name: str) -> str:
+    """Return a console program by the path at which it stands beside this Python, or by its name."""
+    path = Path(sys.executable).with_name(name)
+    return os.path.relpath(path) if path.is_file() else name
 
 
 def _check(arguments: argparse.Namespace) -> None:
