@@ -322,6 +322,25 @@ def test_where_nothing_is_drafted_vllm_is_told_of_no_request(monkeypatch: pytest
     assert steps.runner.stats.num_skipped_drafts == 1
 
 
+def test_whether_to_draft_is_asked_of_so_many_requests_of_which_so_many_are_sampled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = Steps(monkeypatch)
+    asked: list[tuple[str, int, int]] = []
+    for name in ("should_draft", "wants_plain_step", "skip_steps"):
+        setattr(steps.runner._budget, name, lambda *numbers, name=name: asked.append((name, *numbers)))
+    sampled = SimpleNamespace(sampling_params=SamplingParams(temperature=1))
+    steps.runner.requests = steps.runner.requests | {"b": sampled, "c": sampled}
+    three = step_of({"a": 1, "b": 1, "c": 1}, {}, num_outputs=(3, 5, 7))
+
+    steps.run(three)
+    steps.runner._budget.wants_plain_step = lambda *numbers: True
+    steps.run(three)
+
+    assert asked == [("should_draft", 3, 2), ("skip_steps", 3, 2)] * 2
+    assert [step.num_sampled for step in steps.learnt] == [2]
+
+
 def test_what_was_decided_before_a_step_is_not_decided_again_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch, drafts=True)
     runner, floors = steps.runner, []
