@@ -264,10 +264,11 @@ def test_steps_that_nothing_is_to_be_decided_about_are_plain_vllms_at_once(monke
         step_of({"a": 1, "c": 1}, {}),
         step_of({"a": 1}, {}, finished=("b",)),
         step_of({"a": 1, "b": 1, "c": 1}, {}, new=("c",)),
+        step_of({"a": 1, "b": 1}, {}, new=("b",)),
         step_of({"a": 1, "b": 2}, {"b": [7]}),
         step_of({"a": 1, "b": 9}, {}),
     ],
-    ids=["another request", "a request less", "a new request", "drafts", "tokens computed again"],
+    ids=["another", "one less", "a new one", "a new one of the same name", "drafts", "tokens computed again"],
 )
 def test_a_step_that_is_not_of_the_same_requests_is_decided_anew(
     step: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
