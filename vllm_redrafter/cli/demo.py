@@ -19,7 +19,7 @@ from vllm_redrafter.cli import color, options, race, table
 from vllm_redrafter.cli.engine import Engine
 from vllm_redrafter.cli.errors import FAILED, CommandError
 from vllm_redrafter.cli.generation import Answer, Generation, Prompt, tokens_per_step
-from vllm_redrafter.cli.pair import check_pair
+from vllm_redrafter.cli.pair import check_pair, serving
 from vllm_redrafter.cli.progress import Progress
 from vllm_redrafter.cli.prompts import read_conversations
 
@@ -103,8 +103,7 @@ def _next_commands(arguments: argparse.Namespace) -> str:
     # the growing ends with the demo: what can be served of the example pair is what ships
     target = arguments.target or os.path.relpath(EXAMPLES / "target")
     drafter = arguments.drafter or os.path.relpath(EXAMPLES / "drafter")
-    config = json.dumps({"method": "redrafter", "model": drafter, "num_speculative_tokens": 8})
-    serve = [_program("vllm"), "serve", target, "--speculative-config", config]
+    serve = [_program("vllm"), *serving(target, drafter, num_speculative_tokens=8)]
     verify = [_program("vllm-redrafter"), "verify", "--target", target, "--drafter", drafter]
     return f"to serve this pair:\n  {shlex.join(serve)}\nto prove that it changes nothing:\n  {shlex.join(verify)}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from vllm_redrafter.cli import options
 from vllm_redrafter.cli.errors import CommandError
@@ -29,6 +31,12 @@ def check_pair(target: str, drafter: str) -> None:
         checkpoint.check_tokenizer(directory, target)
     except ValueError as error:
         raise CommandError(f"--drafter: {error}") from None
+
+
+def serving(target: str, drafter: str, **more: Any) -> list[str]:
+    """Return what `vllm` takes to serve a pair; `more` goes into the speculative config."""
+    config = json.dumps({"method": "redrafter", "model": drafter, **more})
+    return ["serve", target, "--speculative-config", config]
 
 
 def _sizes(target: str) -> dict[str, int] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_redrafter.cli import libraries, options
 from vllm_redrafter.cli.errors import USAGE, CommandError
+from vllm_redrafter.cli.pair import serving
 from vllm_redrafter.cli.progress import Progress
 
 EXAMPLE_TARGET = Path(__file__).resolve().parents[2] / "examples" / "models" / "target"
@@ -210,8 +211,7 @@ def _tell(trained: Any, target: str) -> None:
         print(f"mean acceptance length on held-out texts, greedy: {trained.acceptance_length:.2f}")
     if trained.coverage < 1:
         print(f"{1 - trained.coverage:.1%} of the text are tokens that the drafter does not know (--draft-vocab-size)")
-    config = json.dumps({"method": "redrafter", "model": str(trained.directory)})
-    print(f"vllm serve {shlex.quote(target)} --speculative-config {shlex.quote(config)}")
+    print(shlex.join(["vllm", *serving(target, str(trained.directory))]))
     told = {
         "drafter": str(trained.directory),
         "num_steps": trained.num_steps,
