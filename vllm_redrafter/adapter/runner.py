@@ -137,8 +137,12 @@ class TreeModelRunner(CPUModelRunner):
         """Run the forward pass as vLLM does; its time tells the budget what a step costs."""
         scheduled = scheduler_output.num_scheduled_tokens
         num_rows = scheduler_output.total_num_scheduled_tokens
-        is_like_the_last = num_rows == len(scheduled) and scheduled.keys() == self._decoding
-        if self._steps_to_skip and is_like_the_last and not scheduler_output.scheduled_new_reqs:
+        if (
+            self._steps_to_skip
+            and num_rows == len(scheduled)
+            and not scheduler_output.scheduled_new_reqs
+            and scheduled.keys() == self._decoding
+        ):
             self._steps_to_skip -= 1
             self._step_started = None
             self.stats.count_skipped(num_rows)
