@@ -83,6 +83,33 @@ def test_drafting_pauses_when_it_does_not_pay_and_trials_become_rare(
     assert lengths == expected
 
 
+@pytest.mark.parametrize(
+    ("pass_seconds", "search_seconds", "expected"),
+    [
+        # a second: shorter steps are tried again after more of them
+        (0.001, 0.004, 1000),
+        (0.001, 10.0, 1000),
+        (0.004, 10.0, 256),
+        # a trial costs what its eight searches take, and what is lost by turning to it and back
+        (0.001, 0.0001, 690),
+        (0.001, 0.0, 450),
+    ],
+)
+def test_the_longest_pause_hangs_on_what_a_trial_costs_and_on_how_long_steps_are(
+    pass_seconds: float, search_seconds: float, expected: int
+) -> None:
+    of_one = pauses.Pauses(0, pass_seconds)
+    for _ in range(12):
+        of_one.trial = []
+        for _ in range(8):
+            of_one.add_promise(0.9, 1, is_known=True)
+        of_one.limit(search_seconds, pass_seconds)
+        of_one.left = 0
+        assert not of_one.should_draft()
+
+    assert of_one.left == pytest.approx(expected, abs=1)
+
+
 def test_of_a_pause_the_last_step_and_one_in_sixteen_before_are_learnt_from() -> None:
     budget = Budget(FREE, 8)
     budget.load(1).pauses.left = 60
@@ -98,8 +125,9 @@ def test_of_a_pause_the_last_step_and_one_in_sixteen_before_are_learnt_from() ->
 def test_steps_that_are_skipped_count_and_are_none_that_would_be_learnt_from(length: int) -> None:
     budget = Budget(FREE, 8)
     load = budget.load(4)
-    load.pauses.left, load.num_unverified_steps = length, 0
-    skipped = wanted = asked = 0
+    load.pauses.gain, load.pauses.next_length = 0.5, length
+    assert not budget.should_draft(4), "a pause begins"
+    load.num_unverified_steps = skipped = wanted = asked = 0
     while not budget.should_draft(4):
         asked += 1
         wanted += budget.wants_plain_step(4)
@@ -284,7 +312,7 @@ def test_a_trial_counts_as_much_as_what_was_known_before_it(
     assert pauses_of_one.gain == pytest.approx(expected)
 
 
-def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
+def test_a_trial_that_pays_resumes_drafting_and_every_choice_that_pays_shortens_the_next_pause() -> None:
     budget = losing_budget()
     hopeless, certain = np.log(np.array([[0.3, 0.1]])), np.log(np.array([[0.999, 0.999, 0.999, 0.999]]))
     drafts_until_pause(budget, hopeless)
@@ -293,15 +321,31 @@ def test_a_trial_that_pays_resumes_drafting_and_forgets_the_pauses() -> None:
         finish_trial(budget, hopeless)
         assert not budget.should_draft(1)
     pause_length(budget, 1)
-    assert budget.load(1).pauses.next_length == 32
+    of_one = budget.load(1).pauses
+    assert of_one.next_length == 32
     for _ in range(100):  # meanwhile drafting has become cheap
         budget.observe_step(StepRecord(1, 4, True, 1.0, 0.01, 1.01))
 
     finish_trial(budget, certain)
 
-    assert budget.load(1).pauses.gain > 1.0
-    assert budget.load(1).pauses.next_length == 1
+    assert of_one.gain > 1.0
     assert budget.should_draft(1)
+    lengths = [of_one.next_length]
+    for _ in range(40):
+        choose(budget, certain, [True])
+        lengths.append(of_one.next_length)
+    assert lengths == [*range(31, 1, -1), *[1] * 11]
+
+
+def test_a_trial_that_was_no_more_than_lucky_does_not_begin_the_pauses_anew() -> None:
+    of_one = Budget(FREE, 8).load(1).pauses
+    of_one.next_length, of_one.gain, of_one.trial = 128, 1.0, []
+    for promise in [1.2] * 8 + [0.7] * 4:
+        of_one.add_promise(promise, 4, is_known=True)
+
+    assert not of_one.pays()
+    assert not of_one.should_draft()
+    assert of_one.left > 100
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(3, 2.0), (4, 2.0 / 1.25), (20, 2.0 / 1.25)])
@@ -403,17 +447,39 @@ def test_plain_steps_are_measured_soon_after_the_start_and_now_and_then_afterwar
     assert asked_after == [7, 15, 31, 63, 127, 255, 511, 767, 1023]
 
 
+def short_steps() -> Budget:
+    """Return a budget for steps of a millisecond."""
+    return Budget(StepTimes(np.array([1.0]), np.array([0.001])), 8)
+
+
 def test_plain_steps_that_are_short_are_measured_when_others_have_warmed_them_up() -> None:
-    budget = Budget(StepTimes(np.array([1.0]), np.array([0.001])), 8)
-    drafted = []
-    for _ in range(14):
+    budget = short_steps()
+    drafted, learnt_from = [], []
+    for step in range(20):
         drafted.append(budget.should_draft(1))
         if drafted[-1]:
             choose(budget, np.log(np.array([[0.9, 0.8]])), [True])
         elif budget.wants_plain_step(1):
-            assert drafted[-4:] == [False] * 4, "only the last one is learnt from"
+            learnt_from.append(step)
 
-    assert drafted == [True] * 7 + [False] * 4 + [True] * 3
+    # the first one that does not draft verifies what was drafted before it, and eight are cold
+    assert drafted == [True] * 7 + [False] * 10 + [True] * 3
+    assert learnt_from == [16]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, []), (8, []), (9, [0]), (16, [0]), (17, [0]), (25, [16, 0])])
+def test_short_pauses_between_short_steps_teach_nothing_about_plain_ones(length: int, expected: list[int]) -> None:
+    budget = short_steps()
+    of_one = budget.load(1).pauses
+    of_one.gain, of_one.next_length = 0.5, length
+    assert not budget.should_draft(1), "a pause begins"
+    learnt_from = []
+    while not budget.should_draft(1):
+        if budget.wants_plain_step(1):
+            learnt_from.append(of_one.left)
+        budget.skip_steps(1)
+
+    assert learnt_from == expected
 
 
 def hopeful_budget(*plain_seconds: float) -> Budget:

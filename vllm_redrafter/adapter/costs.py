@@ -74,6 +74,9 @@ class PassRatios:
         self._recent: deque[float] = deque(maxlen=_WINDOW)  # at pace 1
         self._by_nodes: dict[int, deque[float]] = {}
         self._own: dict[int, float] = {}  # that of passes with so many nodes, at pace 1, once there were enough of them
+        # the same when there first were, which the pace is told by. Were it told by what is verified because it looked
+        # quick of late, luck would pass for a slower machine, time and again: in ten thousand steps for one by half
+        self._first: dict[int, float] = {}
         self.num_seen: Counter[int] = Counter()
         """Passes with so many nodes."""
         self._num_unused = 0
@@ -82,8 +85,8 @@ class PassRatios:
         """Learn from a pass with so many nodes."""
         self._num_unused = 0
         self.num_seen[num_nodes] += 1
-        if num_nodes in self._own:
-            self._pace.observe(ratio / self._own[num_nodes])
+        if num_nodes in self._first:
+            self._pace.observe(ratio / self._first[num_nodes])
         steady = ratio / self._pace.now
         if num_nodes:
             self._recent.append(steady)
@@ -91,6 +94,8 @@ class PassRatios:
         seen.append(steady)
         if len(seen) >= ENOUGH:
             self._own[num_nodes] = median(seen)
+            if len(seen) < _WINDOW:
+                self._first[num_nodes] = self._own[num_nodes]
 
     def count_unused(self) -> None:
         """Note a pass of the other kind; after many of them what is known of this one is out of date."""
@@ -99,6 +104,7 @@ class PassRatios:
             self._recent.clear()
             self._by_nodes.clear()
             self._own.clear()
+            self._first.clear()
 
     def is_known(self) -> bool:
         """Return whether enough passes with nodes have been seen."""

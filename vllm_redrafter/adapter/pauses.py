@@ -13,14 +13,17 @@ _LEAST_GAIN_PER_DOUBLING = 0.02
 _SECONDS_OF_TURNS = 1e-4
 _TRIAL_SEARCHES = 8  # of single requests, after which a trial decides: what is promised for one token means little
 _HOPELESS = 0.7  # tokens per second, over those without drafts, at which it needs no more of them
-_SEARCH_SHARE = 1 / 300  # of the time, which searches take that only tell whether drafts would pay by now
+_TRIAL_SHARE = 1 / 300  # of the time, which trials take that only tell whether drafts would pay by now
+_TURN_SECONDS = 1.5e-3  # that steps after one of another kind take longer, summed over a trial's two turns
 _LONG_PAUSE = 8  # steps without drafting, after which what was known of it before may be out of date
-_LONGEST_PAUSE = 256  # steps without drafting before it is tried again, however dear that is
+_LONGEST_PAUSE = 256  # steps without drafting before it is tried again, however dear that is,
+_LONGEST_PAUSE_SECONDS = 1.0  # or as many passes as take so long, if that is more
 _FIRST_PLAIN_STEP = 8  # drafted steps before the first step without drafts, which tells what plain decoding costs
 _PLAIN_STEP_INTERVAL = 256  # the most drafted steps between two of them: intervals double up to that
 _PLAIN_STEPS_PER_LESSON = 16  # in a pause, of which one is learnt from
 _COLD_SECONDS = 5e-3  # of a step: those that take less take visibly longer after steps of another kind
-_COLD_STEPS = 2  # so many
+# so many: of steps of 1.54 ms the first one after drafts takes 1.87, the third 1.70, the fifth 1.61 and the ninth 1.55
+_COLD_STEPS = 8
 
 
 class Pauses:
@@ -38,39 +41,45 @@ class Pauses:
         self.left = 0
         """Steps left without drafting."""
         self.next_length = 1
-        """Steps of the next pause."""
+        """Steps of the next pause: twice those of the last one, less one for every choice since that paid."""
         self.trial: list[float] | None = None
         """What was promised since a pause; None once there was enough of it to decide whether to draft on."""
-        self._plain_steps_in_a_row = 1 if pass_seconds > _COLD_SECONDS else 1 + _COLD_STEPS
+        self._num_cold = 0 if pass_seconds > _COLD_SECONDS else _COLD_STEPS
+        self._num_undrafted = 0  # steps since the last one with a draft at its end
         self._num_drafted = 0
         self._next_plain_step = _FIRST_PLAIN_STEP  # drafted steps after which the next one without drafts is due
         self._num_searches = 1  # of the last trial
+        self._longest = max(_LONGEST_PAUSE, int(_LONGEST_PAUSE_SECONDS / pass_seconds))
 
     def should_draft(self) -> bool:
         """Return whether to draft after this step; counts the pauses."""
+        self._num_undrafted += 1
         if self.left > 0:
             self.left -= 1
             return False
         if not self.pays():
-            self.left, self.next_length = self.next_length, min(2 * self.next_length, _LONGEST_PAUSE)
+            self.left, self.next_length = self.next_length, min(2 * self.next_length, self._longest)
             self.trial = []
             return False
         self._num_drafted += 1
         if self._num_drafted == self._next_plain_step:
             self._next_plain_step += min(self._num_drafted, _PLAIN_STEP_INTERVAL)
-            # one more in a row than this: the step between them has neither drafts nor drafting
-            self.left = self._plain_steps_in_a_row
+            self.left = self._num_cold + 1
             return False
+        self._num_undrafted = 0
         return True
 
     def wants_plain_step(self) -> bool:
         """Return whether to learn from a step without drafts: from the last one of a pause, and one in 16 before."""
-        return self.left % _PLAIN_STEPS_PER_LESSON == 0
+        # the first one without a draft at its end still verified one
+        is_warm = self._num_undrafted > 1 + self._num_cold
+        return is_warm and self.left % _PLAIN_STEPS_PER_LESSON == 0
 
     def skip_steps(self) -> int:
         """Take from a pause the steps before the next one that is learnt from, and return how many they are."""
         num_steps = max(self.left % _PLAIN_STEPS_PER_LESSON - 1, 0)
         self.left -= num_steps
+        self._num_undrafted += num_steps
         return num_steps
 
     def is_long_over(self) -> bool:
@@ -99,9 +108,10 @@ class Pauses:
                 self.gain = (max(self.gain, _HOPELESS) + promised) / 2
                 self._num_searches, self.trial = len(self.trial), None
         if self.trial is None and self.pays():
-            self.next_length = 1
+            self.next_length = max(1, self.next_length - 1)
 
     def limit(self, search_seconds: float, plain_seconds: float) -> None:
         """Let the next trial come the sooner, the less a search takes of the time of a step without drafts."""
-        longest = self._num_searches * search_seconds / (_SEARCH_SHARE * plain_seconds)
+        trial_seconds = self._num_searches * search_seconds + _TURN_SECONDS
+        longest = trial_seconds / (_TRIAL_SHARE * plain_seconds)
         self.next_length = max(1, min(self.next_length, int(longest)))
