@@ -66,7 +66,7 @@ def test_an_engine_that_dies_says_why_and_where_its_log_is(
         engine.generate([Prompt("a"), Prompt("b")], {"max_tokens": 1, "temperature": 0.0})
 
     (log,) = leftover_logs()
-    assert str(death.value) == f"out of paper (the engine ended with status 1, its log is {log})"
+    assert str(death.value) == f"out of paper (the engine for {target!r} ended with status 1, its log is {log})"
     assert log.read_text() == "RuntimeError: out of paper\n"
 
 

@@ -176,4 +176,5 @@ def test_what_was_answered_before_the_engine_died_is_in_the_file(
 
     assert status == 1
     assert [row["prompt"] for row in rows_of(output)] == ["a", "b"]
-    assert "generate: out of paper (the engine ended with status 1, its log is" in capsys.readouterr().err
+    reason = f"generate: out of paper (the engine for {target!r} ended with status 1, its log is"
+    assert reason in capsys.readouterr().err

@@ -206,6 +206,7 @@ class Engine:
         reason = read_reason(self._log)
         if missing := bootstrap.missing_packages():
             how += f" on a machine that lacks what vLLM needs on CPUs (`apt install {' '.join(missing)}`)"
+        ended = f"the engine for {self._spec.target!r} ended {how}"
         if reason is None:
-            return CommandError(f"the engine for {self._spec.target!r} ended {how}: see its log, {self._log}")
-        return CommandError(f"{reason} (the engine ended {how}, its log is {self._log})")
+            return CommandError(f"{ended}: see its log, {self._log}")
+        return CommandError(f"{reason} ({ended}, its log is {self._log})")
