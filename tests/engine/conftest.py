@@ -10,6 +10,8 @@ from tests.engine import tiny_models
 from tests.engine.engine_process import Engine, EnginePool
 
 FIXED = {"budget": "fixed"}
+# one rank per core at most, wherever the system puts it
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 class TinyPair(NamedTuple):

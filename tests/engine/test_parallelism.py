@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine import tiny_models
 from tests.engine.architectures import save_random_lora
+from tests.engine.conftest import TWO_RANKS
 from tests.engine.engine_process import Engine, EnginePool, Request, Workload, assert_same_answers
 
 pytestmark = pytest.mark.engine
@@ -16,8 +17,6 @@ GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": 
 SEEDED = {**GREEDY, "temperature": 1.0}
 PROMPTS = tiny_models.token_prompts([3, 31, 32, 33, 64, 65, 100, 150], seed=21)
 WHOLE_PROMPTS = {"max_num_batched_tokens": 8192}
-# one rank per core at most, wherever the system puts it
-TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 @pytest.mark.parametrize("budget", ["fixed", "auto"])

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import TinyPair
-from tests.engine.engine_process import EnginePool, Request, Result, Workload, assert_same_answers
+from tests.engine.conftest import FIXED, TWO_RANKS, TinyPair
+from tests.engine.engine_process import Engine, EnginePool, Request, Result, Workload, assert_same_answers
 from tests.engine.tiny_models import CHARACTERS, SPECIAL_TOKENS
 
 pytestmark = pytest.mark.engine
@@ -233,6 +233,19 @@ def test_trees_and_grammars_share_a_batch(engines: EnginePool, tiny_pair: TinyPa
     )
 
     drafted = engines.run(tiny_pair.drafted(), workload)
+
+    assert_same_answers(drafted, engines.run(tiny_pair.plain(), workload))
+    assert drafted.stats["num_linear_drafts"] > 0
+    assert drafted.stats["num_branch_acceptances"] > 0
+
+
+def test_options_and_grammars_mean_the_same_on_two_ranks(engines: EnginePool, tiny_pair: TinyPair) -> None:
+    grammars = [grammar_workload(tiny_pair, name, temperature=0).requests[0] for name in GRAMMARS]
+    workload = Workload([*mixed_workload(tiny_pair).requests, *grammars])
+
+    drafted = engines.run(
+        Engine(tiny_pair.target, tiny_pair.drafter, FIXED, {"tensor_parallel_size": 2}, environment=TWO_RANKS), workload
+    )
 
     assert_same_answers(drafted, engines.run(tiny_pair.plain(), workload))
     assert drafted.stats["num_linear_drafts"] > 0
