@@ -54,3 +54,17 @@ def test_what_was_seen_at_another_pace_is_remembered_as_it_is_at_the_usual_one(p
     assert costs.drafting() == pytest.approx(0.2)
     assert costs.other() == pytest.approx(0.4)
     assert costs.trees.of_all(1)[1] == pytest.approx(1.0)
+
+
+def test_what_has_become_dearer_while_it_was_not_seen_tells_nothing_about_the_machines_pace() -> None:
+    costs = Costs(Pace())
+    chain, tree = StepRecord(1, 1, False, 1.0, 0.2, 1.6), StepRecord(1, 1, True, 1.0, 0.2, 1.6)
+    larger = tree._replace(num_nodes=2)
+    for step in [*[tree, larger] * 15, *[chain] * 256]:
+        costs.observe(step, expected=1.0)
+
+    for step in [tree, larger] * 3:
+        costs.observe(step._replace(forward_seconds=2.0), expected=1.0)
+        assert costs.chains.of_all(1)[1] == pytest.approx(1.0)
+
+    assert costs.trees.of_all(2)[1:] == pytest.approx([2.0, 2.0])

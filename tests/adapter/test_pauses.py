@@ -482,6 +482,20 @@ def test_short_pauses_between_short_steps_teach_nothing_about_plain_ones(length:
     assert learnt_from == expected
 
 
+def test_every_draft_makes_short_plain_steps_cold_again() -> None:
+    of_one = short_steps().load(1).pauses
+    of_one.left = 16
+    while not of_one.should_draft():
+        pass
+    of_one.left = 9  # as where a plain step is due
+    learnt_from = []
+    while not of_one.should_draft():
+        if of_one.wants_plain_step():
+            learnt_from.append(of_one.left)
+
+    assert learnt_from == [], "the first of the nine still verifies what was drafted"
+
+
 def hopeful_budget(*plain_seconds: float) -> Budget:
     """Return a budget that has seen drafts of 1.1 seconds, of which 0.1 are drafting, and plain steps."""
     budget = Budget(FREE, 8)
