@@ -8,9 +8,9 @@ _LEAST_GAIN = 1.03  # drafts that promise less are left: times and acceptance ar
 # What a batch twice as large must promise on top: with drafts, requests that began together end apart, and the last
 # ones run in small batches. Seen in closed batches of 4 and 16 requests: 5 to 8% and 8 to 10% of what steps promise.
 _LEAST_GAIN_PER_DOUBLING = 0.02
-# And in short steps: steps of one kind after another kind take longer than their parts say. Seen with 1 and 2 requests
-# whose plain steps take 1.4 ms: promises of 1.09 came to 0.98.
-_SECONDS_OF_TURNS = 1e-4
+# And in short steps, where prompts that come one by one weigh more: seconds over those of a pass. Seen with 1 and 2
+# requests whose plain steps take 1.5 ms: promises of 1.05 came to 0.96, such of 1.35 to 1.11.
+_LEAST_GAIN_SECONDS = 1e-4
 _TRIAL_SEARCHES = 8  # of single requests, after which a trial decides: what is promised for one token means little
 _HOPELESS = 0.7  # tokens per second, over those without drafts, at which it needs no more of them
 _TRIAL_SHARE = 1 / 300  # of the time, which trials take that only tell whether drafts would pay by now
@@ -35,7 +35,7 @@ class Pauses:
     """
 
     def __init__(self, level: int, pass_seconds: float) -> None:
-        self.least_gain = _LEAST_GAIN + _LEAST_GAIN_PER_DOUBLING * level + _SECONDS_OF_TURNS / pass_seconds
+        self.least_gain = _LEAST_GAIN + _LEAST_GAIN_PER_DOUBLING * level + _LEAST_GAIN_SECONDS / pass_seconds
         self.gain = self.least_gain
         """Tokens per second with drafts over those without, as a moving average of what choices promised."""
         self.left = 0
@@ -70,7 +70,10 @@ class Pauses:
         return True
 
     def wants_plain_step(self) -> bool:
-        """Return whether to learn from a step without drafts: from the last one of a pause, and one in 16 before."""
+        """Return whether to learn from a step without drafts: from the last one of a pause, and one in 16 before.
+
+        Not from those that still take longer because of the drafts before them.
+        """
         # the first one without a draft at its end still verified one
         is_warm = self._num_undrafted > 1 + self._num_cold
         return is_warm and self.left % _PLAIN_STEPS_PER_LESSON == 0
@@ -111,7 +114,12 @@ class Pauses:
             self.next_length = max(1, self.next_length - 1)
 
     def limit(self, search_seconds: float, plain_seconds: float) -> None:
-        """Let the next trial come the sooner, the less a search takes of the time of a step without drafts."""
+        """Let the next trial come the sooner, the less it takes in steps without drafts.
+
+        Args:
+            search_seconds: of one search.
+            plain_seconds: of a step without drafts.
+        """
         trial_seconds = self._num_searches * search_seconds + _TURN_SECONDS
         longest = trial_seconds / (_TRIAL_SHARE * plain_seconds)
         self.next_length = max(1, min(self.next_length, int(longest)))
