@@ -114,6 +114,7 @@ def parallel_config(**changes: Any) -> SimpleNamespace:
         "use_ubatching": False,
         "worker_cls": "auto",
         "worker_extension_cls": "",
+        "data_parallel_size": 1,
     }
     return SimpleNamespace(**(found | changes))
 
@@ -128,6 +129,8 @@ def engine_args(request: dict[str, Any] | None, **changes: Any) -> SimpleNamespa
         "kv_transfer_config": None,
         "kv_offloading_size": None,
         "compilation_config": CompilationConfig(),
+        "scheduler_cls": None,
+        "max_num_seqs": None,
     }
     return SimpleNamespace(**(found | changes))
 

@@ -12,7 +12,8 @@ from packaging.version import Version
 from vllm.logger import init_logger
 
 from vllm_redrafter.adapter import patches
-from vllm_redrafter.adapter.v2 import support
+from vllm_redrafter.adapter.v2 import automatic, support
+from vllm_redrafter.adapter.v2.automatic import SIZES_KEY
 from vllm_redrafter.core import checkpoint, hub
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.config import MAX_NODES, ReDrafterConfig, check_num_nodes
@@ -74,14 +75,12 @@ class ReDrafterOptions:
         return cls(**vllm_config.additional_config[CONFIG_KEY])
 
 
-_SCHEDULE = "num_speculative_tokens_per_batch_size"
-"""vLLM's own key: trees of another size for batches of another size."""
 _KEYS = (
     "method",
     "model",
     "revision",
     "num_speculative_tokens",
-    _SCHEDULE,
+    SIZES_KEY,
     "beam_width",
     "draft_length",
     "beam_length",
@@ -110,13 +109,16 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
     request = _request(engine_args)
     _refuse_unknown_keys(request)
     _refuse_unsupported(engine_args, target, parallel)
-    schedule = _schedule(request)
+    sizes = _sizes(request)
+    if support.uses_v2():
+        request["budget"] = automatic.choose_budget(request, engine_args, parallel)
     options = read_options(request, target)
 
     engine_args.additional_config = {**(engine_args.additional_config or {}), CONFIG_KEY: asdict(options)}
     if support.uses_v2():
         parallel.worker_extension_cls = support.EXTENSION_PATH
         method = support.METHOD
+        sizes |= automatic.arrange(options.budget, options.num_speculative_tokens, engine_args)
     else:
         parallel.worker_cls = WORKER_PATH
         method = "custom_class"
@@ -124,7 +126,7 @@ def translate(engine_args: Any, target: Any, parallel: Any) -> dict[str, Any]:
         "method": method,
         "model": patches.PROPOSER_PATH,
         "num_speculative_tokens": options.num_speculative_tokens,
-        **schedule,
+        **sizes,
     }
 
 
@@ -262,15 +264,9 @@ def _draft_length(request: dict[str, Any], config: ReDrafterConfig) -> int:
 
 
 def _budget(request: dict[str, Any]) -> str:
-    is_v2 = support.uses_v2()
-    budget = request.get("budget", "fixed" if is_v2 else "auto")
+    budget = request.get("budget", "auto")
     if budget not in ("auto", "fixed"):
         raise ValueError(f'budget is {budget!r}, but it must be "auto" or "fixed"')
-    if is_v2 and budget == "auto":
-        raise ValueError(
-            'budget is "auto", but model runner V2 verifies trees of fixed sizes, which its CUDA graphs are made for: '
-            f'leave it out or say "fixed", and give sizes by batch size in {_SCHEDULE}'
-        )
     return str(budget)
 
 
@@ -283,17 +279,17 @@ def _pack_target(request: dict[str, Any]) -> bool | None:
     return pack_target
 
 
-def _schedule(request: dict[str, Any]) -> dict[str, Any]:
+def _sizes(request: dict[str, Any]) -> dict[str, Any]:
     """Return the sizes of trees by batch size as vLLM takes them; empty where all batches have trees of one size."""
     from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-    if request.get(_SCHEDULE) is None:
+    if request.get(SIZES_KEY) is None:
         return {}
     if not support.uses_v2():
         raise ValueError(
-            f"{_SCHEDULE} is for model runner V2: on a CPU the size of trees is chosen at every step, so leave it out"
+            f"{SIZES_KEY} is for model runner V2: on a CPU the size of trees is chosen at every step, so leave it out"
         )
-    return {_SCHEDULE: validate_and_normalize_dynamic_sd_schedule(request[_SCHEDULE])}
+    return {SIZES_KEY: validate_and_normalize_dynamic_sd_schedule(request[SIZES_KEY])}
 
 
 def _extent(request: dict[str, Any], key: str, default: int, most: int = MAX_NODES) -> int:

@@ -43,8 +43,8 @@ class V2Pair(NamedTuple):
         return Engine(self.target, options={**OPTIONS, **options}, environment=self.environment)
 
     def drafted(self, speculation: Mapping[str, Any] | None = None, **options: Any) -> Engine:
-        """Return vLLM with the drafter."""
-        wanted = {"num_speculative_tokens": NUM_NODES, **(speculation or {})}
+        """Return vLLM with the drafter, and trees of one size unless something else is asked for."""
+        wanted = {"num_speculative_tokens": NUM_NODES, "budget": "fixed", **(speculation or {})}
         return Engine(self.target, self.drafter, wanted, {**OPTIONS, **options}, self.environment)
 
 

@@ -121,6 +121,26 @@ def test_the_size_of_trees_may_follow_that_of_the_batch(engines: EnginePool, v2_
     assert stats["num_emitted_tokens"] < num_emitted - len(workload.requests)
 
 
+@pytest.mark.parametrize("is_async", [True, False])
+def test_an_automatic_budget_tries_several_sizes_and_the_text_is_the_same(
+    engines: EnginePool, v2_pair: V2Pair, is_async: bool
+) -> None:
+    sampled = ({**sampling, "max_tokens": 40, "seed": seed} for seed, sampling in enumerate((GREEDY, SAMPLED) * 2))
+    workload = Workload(
+        [Request(prompt, sampling) for prompt, sampling in zip(v2_pair.prompts, sampled, strict=True)] * 2
+    )
+
+    drafted = engines.run(v2_pair.drafted({"budget": "auto"}, async_scheduling=is_async), workload)
+
+    assert_same_answers(drafted, engines.run(v2_pair.plain(), workload))
+    assert drafted.is_async == is_async
+    stats, always = drafted.stats, engines.run(v2_pair.drafted(), workload).stats
+    # trees of all nodes, parts of trees, and none
+    assert 0 < stats["num_truncated_trees"] < stats["num_drafts"]
+    assert stats["num_drafts"] < always["num_drafts"]
+    assert stats["num_accepted_tokens"] > 0
+
+
 def test_requests_that_are_preempted_go_on_where_they_were(engines: EnginePool, v2_pair: V2Pair) -> None:
     workload = greedy(v2_pair, max_tokens=40)
 
