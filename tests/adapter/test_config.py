@@ -18,12 +18,13 @@ from vllm import triton_utils
 from vllm.config.compilation import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from tests.loopback_hub import OLDER, TOKEN, running_hub, talk_to
 from vllm_redrafter.adapter import config, patches
 from vllm_redrafter.adapter.config import UNSUPPORTED, ReDrafterOptions, read_options, translate
 from vllm_redrafter.adapter.patches import PROPOSER_PATH, ContractCheck
-from vllm_redrafter.adapter.v2 import support
+from vllm_redrafter.adapter.v2 import automatic, scheduler, support
 from vllm_redrafter.core.checkpoint import save_drafter
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
@@ -502,10 +503,11 @@ def test_runner_v2_gets_a_method_that_it_knows_and_an_extension_of_its_worker(v2
 
     translated = translate(arguments, target_config(), parallel)
 
+    sizes = translated.pop("num_speculative_tokens_per_batch_size")
     assert translated == {"method": "ngram_gpu", "model": PROPOSER_PATH, "num_speculative_tokens": 4}
+    assert {size for _, _, size in sizes} == {4, 2, 1, 0}
     assert patches.is_redrafter(SimpleNamespace(**translated))
     assert (parallel.worker_cls, parallel.worker_extension_cls) == ("auto", support.EXTENSION_PATH)
-    assert ReDrafterOptions.of(arguments).budget == "fixed"
 
 
 def test_fused_layers_are_refused_under_v2(v2: None, fused_drafter: str) -> None:
@@ -531,9 +533,83 @@ def test_the_target_is_packed_where_that_is_quicker_unless_something_else_is_ask
     assert options_for({"model": drafter, "pack_target": pack_target}).pack_target is pack_target
 
 
-def test_an_automatic_budget_is_refused_under_v2(v2: None, drafter: str) -> None:
-    with pytest.raises(ValueError, match='budget is "auto", but model runner V2 verifies trees of fixed sizes'):
-        options_for({"model": drafter, "budget": "auto"})
+@pytest.mark.parametrize("asked", [{}, {"budget": "auto"}])
+def test_under_v2_a_scheduler_of_ours_chooses_sizes(v2: None, drafter: str, asked: dict[str, str]) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter, **asked}, max_num_seqs=16)
+
+    translated = translate(arguments, target_config(), parallel_config())
+
+    assert ReDrafterOptions.of(arguments).budget == "auto"
+    make = resolve_obj_by_qualname(arguments.scheduler_cls)
+    assert make is scheduler.make
+    sizes = translated["num_speculative_tokens_per_batch_size"]
+    assert (sizes[0][0], sizes[-1][1]) == (1, 16)
+    assert [size for _, _, size in sizes] == [10, 5, 2, 0]
+
+
+def test_a_fixed_budget_under_v2_leaves_scheduler_and_sizes_alone(v2: None, drafter: str) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter, "budget": "fixed"})
+
+    translated = translate(arguments, target_config(), parallel_config())
+
+    assert "num_speculative_tokens_per_batch_size" not in translated
+    assert arguments.scheduler_cls is None
+
+
+def test_arguments_may_make_one_engine_with_an_automatic_budget_and_one_without(v2: None, drafter: str) -> None:
+    arguments = engine_args({"method": "redrafter", "model": drafter})
+
+    schedulers = []
+    for budget in ("auto", "auto", "fixed"):
+        arguments.speculative_config["budget"] = budget
+        translate(arguments, target_config(), parallel_config())
+        schedulers.append(arguments.scheduler_cls)
+
+    assert schedulers == [automatic.SCHEDULER_PATH, automatic.SCHEDULER_PATH, None]
+
+
+@pytest.mark.parametrize(
+    ("request_", "arguments", "parallel", "reason"),
+    [
+        (
+            {"num_speculative_tokens_per_batch_size": [[1, 8, 4]]},
+            {},
+            {},
+            "num_speculative_tokens_per_batch_size says how large trees are",
+        ),
+        (
+            {},
+            {"scheduler_cls": "my.Scheduler"},
+            {},
+            "the scheduler that chooses sizes is ours, and scheduler_cls is 'my.Scheduler'",
+        ),
+        (
+            {},
+            {},
+            {"data_parallel_size": 2},
+            "with data parallelism (data_parallel_size) vLLM lets no rank choose for itself",
+        ),
+    ],
+    ids=["sizes", "scheduler", "data parallel"],
+)
+def test_where_sizes_cannot_be_chosen_under_v2_they_are_fixed_and_who_asks_for_it_is_told(
+    v2: None, drafter: str, request_: dict[str, Any], arguments: dict[str, Any], parallel: dict[str, Any], reason: str
+) -> None:
+    request_ = {"method": "redrafter", "model": drafter, **request_}
+    made = engine_args(request_, **arguments)
+
+    translate(made, target_config(), parallel_config(**parallel))
+
+    assert ReDrafterOptions.of(made).budget == "fixed"
+    assert made.scheduler_cls == arguments.get("scheduler_cls")
+    asking = engine_args({**request_, "budget": "auto"}, **arguments)
+    with pytest.raises(ValueError, match=re.escape(f'budget is "auto", but {reason}: leave one of the two out')):
+        translate(asking, target_config(), parallel_config(**parallel))
+
+
+def test_a_budget_that_is_neither_is_refused_under_v2_too(v2: None, drafter: str) -> None:
+    with pytest.raises(ValueError, match='budget is \'never\', but it must be "auto" or "fixed"'):
+        options_for({"model": drafter, "budget": "never"})
 
 
 SCHEDULE = {"num_speculative_tokens_per_batch_size": [[9, 64, 0], [1, 8, 4]]}
@@ -587,7 +663,9 @@ def test_a_gpu_runs_v2_by_default(drafter: str, monkeypatch: pytest.MonkeyPatch)
     gpu(monkeypatch, 90)
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
 
-    assert options_for({"model": drafter}).budget == "fixed"
+    assert options_for({"model": drafter}).budget == "auto"
+    with pytest.raises(ValueError, match="does nothing under model runner V2"):
+        options_for({"model": drafter, "pack_target": True})
 
 
 def test_runner_v1_is_refused_on_a_gpu(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:

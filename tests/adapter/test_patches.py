@@ -80,7 +80,7 @@ def test_the_installed_vllm_is_as_we_know_it_under_v2(monkeypatch: pytest.Monkey
     checks = patches.check_contracts()
 
     assert [check for check in checks if not check.ok] == []
-    assert len(checks) == len(V2_CONTRACTS) + 1
+    assert len(checks) == len(V2_CONTRACTS) + 2
 
 
 def test_everything_that_is_wrapped_has_a_contract_and_a_reason() -> None:
@@ -96,16 +96,18 @@ def test_every_method_that_our_classes_override_has_a_contract() -> None:
     from vllm_redrafter.adapter.attention import TreeAttentionImpl
     from vllm_redrafter.adapter.runner import TreeModelRunner
     from vllm_redrafter.adapter.v2.model_state import TreeModelState
+    from vllm_redrafter.adapter.v2.scheduler import AsyncTreeScheduler, TreeScheduler
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
     from vllm_redrafter.adapter.worker import ReDrafterCPUWorker
 
     known = {contract.qualified_name.split(".")[-1] for contract in (*CONTRACTS, *V2_CONTRACTS)}
-    for ours in (TreeAttentionImpl, TreeModelRunner, ReDrafterCPUWorker, TreeModelState, TreeSpeculator):
-        overridden = {
-            name
-            for name, member in vars(ours).items()
-            if inspect.isfunction(member) and name != "__init__" and any(hasattr(base, name) for base in ours.__bases__)
-        }
+    schedulers = (TreeScheduler, AsyncTreeScheduler)
+    for ours in (TreeAttentionImpl, TreeModelRunner, ReDrafterCPUWorker, TreeModelState, TreeSpeculator, *schedulers):
+        by_us = {cls for cls in ours.__mro__ if cls.__module__.startswith("vllm_redrafter")}
+        functions = {name for cls in by_us for name, member in vars(cls).items() if inspect.isfunction(member)}
+        theirs = set().union(*(vars(cls) for cls in set(ours.__mro__) - by_us))
+        overridden = functions & theirs - {"__init__"}
+        assert overridden
         assert overridden <= known, overridden - known
 
 

@@ -95,7 +95,7 @@ def test_speed_says_from_six_rounds_on_how_sure_a_speed_up_is(
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_speed_asks_for_an_automatic_budget_where_there_is_one(
+def test_speed_asks_for_an_automatic_budget_and_on_a_gpu_for_larger_trees(
     has_gpu: bool,
     fake_pair: FakePair,
     tmp_path: Path,
@@ -106,8 +106,8 @@ def test_speed_asks_for_an_automatic_budget_where_there_is_one(
 
     assert run_speed(fake_pair, tmp_path, "--temperature", "0", "--rounds", "1") == 0
 
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert ("auto" in [result["config"] for result in results]) == (not has_gpu)
+    configs = {result["config"] for result in json.loads(capsys.readouterr().out.splitlines()[-1])["results"]}
+    assert {"plain", "auto", "tree16" if has_gpu else "tree2"} <= configs
 
 
 def test_speed_writes_what_it_measured_and_what_with(fake_pair: FakePair, tmp_path: Path) -> None:

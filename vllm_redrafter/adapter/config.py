@@ -57,7 +57,7 @@ class ReDrafterOptions:
     draft_length: int
     """Tokens drafted per beam."""
     budget: str
-    """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`."""
+    """"auto": as many nodes as pay at the current load; "fixed": always `num_speculative_tokens`, or by batch size."""
     pack_target: bool | None = None
     """Whether a CPU holds fp32 matrices once more, packed for a few rows: the target's, and a drafter's unless this is
     false; None: where that is quicker."""

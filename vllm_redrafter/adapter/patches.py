@@ -278,11 +278,12 @@ def _rebind(name: str, original: Callable[..., Any], wrapped: Callable[..., Any]
 def check_contracts() -> list[ContractCheck]:
     """Return for every function that we count on whether this vLLM still has it as we know it.
 
-    The last check is of what our classes import from vLLM: otherwise a name that has moved would be found out by a
+    The last checks are of what our classes import from vLLM: otherwise a name that has moved would be found out by a
     worker, long after the engine's start.
     """
     if support.uses_v2():
-        return [*map(_check, V2_CONTRACTS), _check_import("vllm_redrafter.adapter.v2.speculator")]
+        modules = ("vllm_redrafter.adapter.v2.speculator", "vllm_redrafter.adapter.v2.scheduler")
+        return [*map(_check, V2_CONTRACTS), *map(_check_import, modules)]
     return [*map(_check, CONTRACTS), _check_import("vllm_redrafter.adapter.worker")]
 
 

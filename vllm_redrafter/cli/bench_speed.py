@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm_redrafter.bench.speed import Outcome, Request, Result, SpeculativeConfig
 
 _CONFIGS = ("plain", "ngram", "chain4", "tree2", "tree8", "auto")
-_GPU_CONFIGS = ("plain", "ngram", "chain4", "tree8", "tree16")
+_GPU_CONFIGS = ("plain", "ngram", "chain4", "tree8", "tree16", "auto")
 
 
 def add_parser(benches: Any) -> None:
@@ -66,7 +66,7 @@ def add_parser(benches: Any) -> None:
         type=options.list_of(str),
         help="plain, ngram or ngramN, chainN, treeN, auto or autoN; the last four also with -unpacked behind them, for "
         "a CPU's target that multiplies as plain vLLM's (default: "
-        f"{','.join(_CONFIGS)}; on a GPU, where no budget is automatic, {','.join(_GPU_CONFIGS)})",
+        f"{','.join(_CONFIGS)}; on a GPU {','.join(_GPU_CONFIGS)})",
     )
     parser.add_argument("--rounds", metavar="N", type=options.positive_int, default=3, help="default: 3")
     parser.add_argument(

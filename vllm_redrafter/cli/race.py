@@ -30,7 +30,6 @@ def specs(target: str, drafter: str, dtype: str) -> dict[str, EngineSpec]:
         "baseline": None,
         "chain": speculative_config(drafter, num_speculative_tokens=4, beam_width=1, draft_length=4, budget="fixed"),
         "tree": speculative_config(drafter, num_speculative_tokens=8, budget="fixed"),
-        # what is left out is chosen by the plugin: on a GPU a fixed size
         "auto": speculative_config(drafter, num_speculative_tokens=8),
     }
     return {name: EngineSpec(target, config, dtype, enable_chunked_prefill=False) for name, config in configs.items()}

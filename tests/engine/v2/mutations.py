@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -210,3 +212,40 @@ def forbid_moving() -> Iterator[None]:
     moved = [name for name, found in places.items() if len(found) != 1]
     assert {"TreeBatch.ancestors", "TreeModelState.positions", "TreeBuffers.parents"} <= places.keys()
     assert not moved, f"{moved} moved"
+
+
+@contextmanager
+def choose_another_size_at_every_step() -> Iterator[None]:
+    """Have all sizes that an automatic budget knows take turns, and fail unless it learns of each what it costs."""
+    from vllm_redrafter.adapter.v2.sizes import TreeSizes
+
+    turns, tables, timed, accepted = itertools.count(), [], Counter[int](), Counter[int]()
+
+    def take_turns(original: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(self: TreeSizes, batch_size: int) -> int:
+            tables.append(self)
+            return self._sizes[next(turns) % len(self._sizes)]
+
+        return choose
+
+    def time(original: Callable[..., Any]) -> Callable[..., Any]:
+        def observe(self: TreeSizes, batch_size: int, size: int, seconds: float) -> None:
+            timed[size] += seconds > 0
+            original(self, batch_size, size, seconds)
+
+        return observe
+
+    def count(original: Callable[..., Any]) -> Callable[..., Any]:
+        def observe(self: TreeSizes, size: int, num_trees: int, num_accepted: int) -> None:
+            assert 0 <= num_accepted <= size * num_trees
+            accepted[size] += num_accepted
+            original(self, size, num_trees, num_accepted)
+
+        return observe
+
+    with ExitStack() as stack:
+        for name, wrap in (("__getitem__", take_turns), ("observe_step", time), ("observe_trees", count)):
+            stack.enter_context(replaced(TreeSizes, name, wrap))
+        yield
+    assert set(timed) == set(tables[0]._sizes), timed
+    assert all(accepted[size] for size in timed if size), accepted

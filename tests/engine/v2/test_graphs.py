@@ -83,6 +83,18 @@ def test_sizes_by_batch_have_graphs_of_their_own(engines: EnginePool, v2_pair: V
     assert drafted.num_graph_replays > 1.4 * (drafted.num_engine_steps - len(v2_pair.prompts))
 
 
+def test_an_automatic_budget_replays_graphs_of_every_size(engines: EnginePool, v2_pair: V2Pair) -> None:
+    requests = workload(v2_pair, GREEDY)
+    in_turn = replace(requests, mutation="v2.choose_another_size_at_every_step")
+
+    drafted = engines.run(with_graphs(v2_pair, budget="auto"), in_turn)
+
+    assert_same_answers(drafted, engines.run(v2_pair.plain(), requests))
+    assert drafted.stats["num_truncated_trees"] > 0
+    # of four steps three draft, and all verify or decode
+    assert drafted.num_graph_replays > 1.6 * (drafted.num_engine_steps - len(requests.requests))
+
+
 def test_ancestors_that_a_graph_does_not_see_are_noticed(engines: EnginePool, v2_pair: V2Pair) -> None:
     requests = replace(workload(v2_pair, GREEDY), mutation="v2.keep_ancestors_where_no_graph_looks")
     plain = engines.run(v2_pair.plain(), workload(v2_pair, GREEDY))

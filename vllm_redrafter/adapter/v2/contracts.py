@@ -95,6 +95,12 @@ CONTRACTS = (
         "validate_and_normalize_dynamic_sd_schedule",
         ("num_speculative_tokens_per_batch_size",),
     ),
+    Contract("vllm.config.scheduler", "SchedulerConfig.get_scheduler_cls", ()),
+    Contract(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("scheduler_output", "model_runner_output"),
+    ),
     Contract("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     Contract("vllm.v1.attention.backend", "AttentionImpl.forward", ("layer", "query", "key", "value", "kv_cache")),
 )

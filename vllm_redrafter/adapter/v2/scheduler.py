@@ -1,4 +1,4 @@
-"""vLLM's scheduler with a table of sizes that learns: named in `SchedulerConfig.scheduler_cls` for an automatic budget."""
+"""vLLM's scheduler with a table of sizes that learns: what `scheduler_cls` names where the budget is automatic."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _LEVELS_PER_DOUBLING = 4
 """Batches that differ by less than a fifth are of one load."""
 _WINDOW = 9  # steps that a median is taken over
 _ENOUGH_STEPS = 6  # timed before another size may follow
-_ENOUGH_TREES = 128  # of a size, by which its acceptance is known to some 4%
+_ENOUGH_TREES = 128  # of a size, by which its acceptance is known to some 4%; for a trial half of them are new
 _LONGEST_RUN = 192  # steps after which another size may follow though too few were timed, because prompts came between
 _RECENT_TREES = 4096  # that acceptance is averaged over
 _LEAST_GAIN = 1.02  # tokens per second of drafts over those without: less is noise, and drafts have a price besides
@@ -119,6 +119,9 @@ class TreeSizes:
 
     def observe_step(self, batch_size: int, size: int, seconds: float) -> None:
         """Learn what a step of decoding took that verified trees of one size, and drafted such before."""
+        if size not in self._accepted:
+            # not one that was chosen: the first step behind a prompt, or trees that the scheduler had to cut
+            return
         load = self._load(batch_size)
         load.clock += seconds
         load.seconds.setdefault(size, deque(maxlen=_WINDOW)).append(seconds)
@@ -154,6 +157,9 @@ class TreeSizes:
         never = -math.inf
         due = [size for size in candidates if load.due.get(size, never) <= load.clock]
         load.size = min(due, key=lambda size: (load.due.get(size, never), size), default=best)
+        if load.size != best:
+            # texts may have changed since it was known
+            self._num_trees[load.size] = min(self._num_trees[load.size], _ENOUGH_TREES // 2)
 
     def _speed(self, load: _Load, size: int) -> float:
         """Return tokens per second and request, those that drafts have to bring on top left out."""
