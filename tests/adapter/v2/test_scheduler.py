@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,11 +33,13 @@ class Told:
 
 
 def step(
-    num_scheduled: dict[str, int], drafts: dict[str, list[int]], sampled: list[list[int]]
+    num_scheduled: dict[str, int], drafts: dict[str, list[int]], sampled: list[list[int]], new: Sequence[str] = ()
 ) -> tuple[SimpleNamespace, SimpleNamespace]:
     index = {request: place for place, request in enumerate(num_scheduled)}
     return (
-        SimpleNamespace(num_scheduled_tokens=num_scheduled, scheduled_spec_decode_tokens=drafts),
+        SimpleNamespace(
+            num_scheduled_tokens=num_scheduled, scheduled_spec_decode_tokens=drafts, scheduled_new_reqs=new
+        ),
         SimpleNamespace(req_id_to_index=index, sampled_token_ids=sampled),
     )
 
@@ -90,6 +93,14 @@ def test_an_engine_without_our_drafter_gets_the_scheduler_that_vllm_has(
     )
 
     assert scheduler.make(vllm_config, block_size=16) == expected.__name__
+
+
+def test_a_prompt_whose_prefix_was_cached_is_no_step_of_decoding() -> None:
+    told = Told()
+
+    learn(told, *step({"a": 1}, {}, [[7]], new=["a"]), 30.0)  # type: ignore[arg-type]
+
+    assert told.steps == []
 
 
 class FakeScheduler:

@@ -72,5 +72,7 @@ def learn(sizes: TreeSizes, scheduler_output: Any, model_runner_output: Any, sec
     answers = [sampled[index[request]] for request, tokens in drafts.items() if len(tokens) == size]
     accepted = [len(answer) - 1 for answer in answers if answer]
     sizes.observe_trees(size, len(accepted), sum(accepted))
-    if all(count == 1 + size for count in num_scheduled.values()):
+    # a new request may need one token only, where its prefix is cached, and may have come after a time without any
+    is_decoding = not scheduler_output.scheduled_new_reqs and all(count == 1 + size for count in num_scheduled.values())
+    if is_decoding:
         sizes.observe_step(len(num_scheduled), size, seconds)
