@@ -130,6 +130,10 @@ def test_vllms_table_gives_way_to_one_that_learns(monkeypatch: pytest.MonkeyPatc
     assert told.steps == [(1, 0, 2.0), (1, 0, 0.5)]
 
 
+def test_only_sizes_in_vllms_table_are_chosen() -> None:
+    assert FakeTreeScheduler([0, 4, 4]).dynamic_sd_lookup[300] == 4
+
+
 def test_a_step_of_nothing_teaches_nothing() -> None:
     learning = FakeTreeScheduler([0, 4, 4, 0])
     told = learning.dynamic_sd_lookup = Told()

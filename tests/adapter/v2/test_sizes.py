@@ -80,6 +80,19 @@ def _lessons(
     return (of_trees,) if has_prompt else (of_trees, of_step)
 
 
+def settle(
+    sizes: TreeSizes, batch_size: int, seconds: dict[int, float], accepted: dict[int, float], num_steps: int = 1000
+) -> int:
+    """Tell a table again and again what its sizes take and bring per request, and return what it most often chooses."""
+    chosen = Counter[int]()
+    for _ in range(num_steps):
+        size = sizes[batch_size]
+        chosen[size] += 1
+        sizes.observe_trees(size, 1000 if size else 0, round(1000 * accepted[size]) if size else 0)
+        sizes.observe_step(batch_size, size, seconds[size])
+    return chosen.most_common(1)[0][0]
+
+
 def best_fixed(batch_size: int, chances: dict[int, float]) -> Served:
     return max((serve(size, batch_size, chances) for size in SIZES), key=lambda served: served.speed)
 
@@ -162,6 +175,45 @@ def test_a_load_begins_with_what_is_known_of_one_like_it() -> None:
     # of its own it would begin with 8, and try all others
     assert serve(sizes, 24, UNLIKELY, 20).sizes == {0: 20}
     assert sizes[2] == 8
+
+
+def test_of_two_loads_like_it_the_nearer_one_counts() -> None:
+    sizes = TreeSizes((0, 8))
+    settle(sizes, 8, {0: 1.0, 8: 9.0}, {8: 1.0})
+    settle(sizes, 16, {0: 1.0, 8: 1.0}, {8: 1.0})
+
+    assert [sizes[batch_size] for batch_size in (10, 14)] == [0, 8]
+
+
+def test_drafts_that_bring_a_hundredth_are_left() -> None:
+    accepted = {8: 1.0}
+
+    assert settle(TreeSizes((0, 8)), 1, {0: 1.0, 8: 2 / 1.01}, accepted) == 0
+    assert settle(TreeSizes((0, 8)), 1, {0: 1.0, 8: 2 / 1.04}, accepted) == 8
+
+
+def test_no_drafts_are_found_to_be_best_though_sizes_between_are_worse_than_large_ones() -> None:
+    seconds, accepted = {0: 1.0, 2: 1.3, 4: 1.4, 8: 1.95}, {2: 0.1, 4: 0.3, 8: 0.9}
+
+    assert settle(TreeSizes(SIZES), 1, seconds, accepted) == 0
+
+
+def test_a_trial_that_prompts_keep_from_being_timed_ends_all_the_same() -> None:
+    sizes = TreeSizes((0, 8))
+    while sizes[1] == 8:
+        sizes.observe_trees(8, 10, 20)
+        sizes.observe_step(1, 8, 1.0)
+
+    assert {sizes[1] for _ in range(150)} == {0}
+    assert {sizes[1] for _ in range(100)} == {0, 8}
+    assert {sizes[1] for _ in range(1000)} == {8}
+
+
+def test_eight_nodes_for_everybody_would_be_far_slower_than_none_with_256_requests() -> None:
+    none = serve(0, 256, LIKELY, 100).speed
+
+    assert serve(8, 256, LIKELY, 100).speed < 0.45 * none
+    assert serve(8, 256, UNLIKELY, 100).speed < 0.2 * none
 
 
 def test_a_size_that_no_graph_holds_is_never_chosen() -> None:
