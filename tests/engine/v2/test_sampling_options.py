@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.engine.v2.conftest import V2Pair
 
 pytestmark = pytest.mark.engine
 
+Compare = Callable[[EnginePool, V2Pair, Workload], Result]
 GREEDY = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
 SEEDED = {"temperature": 1.0, "max_tokens": 10, "ignore_eos": True, "seed": 5}
 
@@ -57,6 +60,15 @@ def bad_bigrams(engines: EnginePool, pair: V2Pair) -> dict[str, Any]:
 def compared(engines: EnginePool, pair: V2Pair, workload: Workload) -> Result:
     drafted = engines.run(pair.drafted(), workload)
     assert_same_answers(drafted, engines.run(pair.plain(), workload))
+    return drafted
+
+
+def compared_in_turn(engines: EnginePool, pair: V2Pair, workload: Workload) -> Result:
+    """Return what came of a workload while trees of all sizes, and none, took turns."""
+    in_turn = replace(workload, mutation="v2.choose_another_size_at_every_step")
+    drafted = engines.run(pair.drafted({"budget": "auto"}), in_turn)
+    assert_same_answers(drafted, engines.run(pair.plain(), workload))
+    assert drafted.stats["num_truncated_trees"] > 0
     return drafted
 
 
@@ -134,7 +146,8 @@ def test_structured_outputs_are_valid_and_those_of_plain_vllm(
     assert drafted.stats["num_accepted_tokens"] > 0
 
 
-def test_trees_chains_and_grammars_share_a_batch(engines: EnginePool, v2_pair: V2Pair) -> None:
+@pytest.mark.parametrize("compare", [compared, compared_in_turn], ids=["one size", "sizes in turn"])
+def test_trees_chains_and_grammars_share_a_batch(engines: EnginePool, v2_pair: V2Pair, compare: Compare) -> None:
     options = [
         GREEDY,
         LINEAR["repetition penalty"],
@@ -143,16 +156,17 @@ def test_trees_chains_and_grammars_share_a_batch(engines: EnginePool, v2_pair: V
     ]
     workload = Workload([Request(prompt, each) for prompt, each in zip(v2_pair.prompts, options, strict=True)])
 
-    drafted = compared(engines, v2_pair, workload)
+    drafted = compare(engines, v2_pair, workload)
 
     assert_same_logprobs(drafted, engines.run(v2_pair.plain(), workload))
     assert drafted.stats["num_branching_trees"] > 0
 
 
-def test_random_requests_get_the_answers_of_plain_vllm(engines: EnginePool, v2_pair: V2Pair) -> None:
+@pytest.mark.parametrize("compare", [compared, compared_in_turn], ids=["one size", "sizes in turn"])
+def test_random_requests_get_the_answers_of_plain_vllm(engines: EnginePool, v2_pair: V2Pair, compare: Compare) -> None:
     workload = Workload(random_requests(v2_pair.prompts, seed=0, num_requests=12, lengths=(4, 9, 14)))
 
-    drafted = compared(engines, v2_pair, workload)
+    drafted = compare(engines, v2_pair, workload)
 
     assert_same_logprobs(drafted, engines.run(v2_pair.plain(), workload))
     assert drafted.stats["num_branch_acceptances"] > 0
