@@ -43,6 +43,14 @@ def upstream(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def fitting_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the engine use the runner that the installed vLLM is served with: the newest is with V2 alone."""
+    first, end = config.TESTED_VLLM
+    if not first <= config._vllm_version() < end:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+
 def wrapped(name: str, original: Any) -> Any:
     [patch] = [patch for patch in PATCHES if patch.name == name]
     return patch.wrap(original)
@@ -329,6 +337,7 @@ def test_a_refusal_reaches_the_user_before_vllm_goes_on(monkeypatch: pytest.Monk
     ],
     ids=["no drafter", "another method", "a target with our drafter", "no method"],
 )
+@pytest.mark.usefixtures("fitting_runner")
 def test_a_model_that_is_no_drafter_of_ours_is_resolved_as_always(
     request_: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +351,7 @@ def test_a_model_that_is_no_drafter_of_ours_is_resolved_as_always(
     assert recorder.calls == [("some/drafter", "tokenizer", False)]
 
 
+@pytest.mark.usefixtures("fitting_runner")
 def test_a_drafter_of_ours_given_as_the_model_has_its_target_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(config, "check_verifier", lambda *args: seen.append(args))
@@ -354,6 +364,7 @@ def test_a_drafter_of_ours_given_as_the_model_has_its_target_checked(monkeypatch
     assert seen == [("some/drafter", "org/target", "v2")] * 2
 
 
+@pytest.mark.usefixtures("fitting_runner")
 def test_vllm_finds_target_and_method_in_a_drafter_that_was_saved(tmp_path: Path) -> None:
     from vllm.engine import arg_utils
 
