@@ -4,7 +4,8 @@ Four functions are wrapped; the wrappers give everybody who has not asked for `r
 adapter subclasses vLLM's classes; what those subclasses override or read is listed as contracts (for model runner V2 in
 `v2.contracts`), and checked before an engine starts. Two seams are open only inside our own worker: `worker` puts our
 runner in the place of vLLM's while it builds one, and `target_matrices` sees the target's matrices while they load, and
-puts its products before those of `_C::onednn_mm`.
+puts its products before those of `_C::onednn_mm`. Under V2 with an automatic budget vLLM's own option `scheduler_cls`
+names a scheduler of ours (`v2.automatic`).
 """
 
 from __future__ import annotations

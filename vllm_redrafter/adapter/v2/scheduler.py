@@ -68,7 +68,7 @@ def learn(sizes: TreeSizes, scheduler_output: Any, model_runner_output: Any, sec
     num_scheduled, drafts = scheduler_output.num_scheduled_tokens, scheduler_output.scheduled_spec_decode_tokens
     size = max(map(len, drafts.values()), default=0)
     sampled, index = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-    # a request whose prompt was preempted draws nothing
+    # a request for which nothing was drawn has not been verified
     answers = [sampled[index[request]] for request, tokens in drafts.items() if len(tokens) == size]
     accepted = [len(answer) - 1 for answer in answers if answer]
     sizes.observe_trees(size, len(accepted), sum(accepted))
