@@ -163,6 +163,8 @@ def test_fused_layers_come_from_the_drafters_config_alone(fused_drafter: str) ->
     options = options_for({"model": fused_drafter})
 
     assert options.fused_layers == [0, 3]
+    # vLLM counts the embeddings too
+    assert options.layers_handed_out == (1, 4)
     with pytest.raises(ValueError, match="unknown key 'fused_layers'"):
         options_for({"model": fused_drafter, "fused_layers": [1]})
 
@@ -440,11 +442,14 @@ def test_a_combination_that_we_do_not_do_is_refused_with_the_reason(
     assert vars(made) == before
 
 
-def test_fused_layers_of_a_target_that_does_not_hand_them_out_are_refused(fused_drafter: str) -> None:
-    registry = SimpleNamespace(resolve_model_cls=lambda names, model_config: (GPT2LMHeadModel, names[0]))
+def without_layers() -> SimpleNamespace:
+    """Return what finds a target of vLLM's without the interface for EAGLE-3."""
+    return SimpleNamespace(resolve_model_cls=lambda names, model_config: (GPT2LMHeadModel, names[0]))
 
+
+def test_fused_layers_of_a_target_that_does_not_hand_them_out_are_refused(fused_drafter: str) -> None:
     with pytest.raises(NotImplementedError) as raised:
-        options_for({"model": fused_drafter}, registry=registry)
+        options_for({"model": fused_drafter}, registry=without_layers())
 
     assert str(raised.value) == (
         "the drafter sees what leaves the layers 0, 3, which vLLM's GPT2LMHeadModel does not hand out (no EAGLE-3 "
@@ -510,14 +515,10 @@ def test_runner_v2_gets_a_method_that_it_knows_and_an_extension_of_its_worker(v2
     assert (parallel.worker_cls, parallel.worker_extension_cls) == ("auto", support.EXTENSION_PATH)
 
 
-def test_fused_layers_are_refused_under_v2(v2: None, fused_drafter: str) -> None:
-    with pytest.raises(NotImplementedError) as raised:
-        options_for({"model": fused_drafter})
-
-    assert str(raised.value) == (
-        "the drafter sees what leaves the layers 0, 3, which is not built for model runner V2: use a drafter without "
-        "fused_layers"
-    )
+def test_fused_layers_are_served_under_v2_where_the_target_hands_them_out(v2: None, fused_drafter: str) -> None:
+    assert options_for({"model": fused_drafter}).fused_layers == [0, 3]
+    with pytest.raises(NotImplementedError, match="GPT2LMHeadModel does not hand out"):
+        options_for({"model": fused_drafter}, registry=without_layers())
 
 
 def test_packing_the_target_is_refused_under_v2(v2: None, drafter: str) -> None:

@@ -8,7 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_redrafter.training.target import FrozenTarget
 
 
 @contextmanager
@@ -220,10 +225,23 @@ def number_the_generators_of_requests_without_seeds() -> Iterator[None]:
         yield
 
 
+def assert_state_of_training(
+    hidden: torch.Tensor,  # [input_size]
+    target: FrozenTarget,
+    text: list[int],
+    layers: list[int] | None,
+) -> None:
+    """Fail where a draft of what follows `text` starts from another state than it would be trained on."""
+    import torch
+
+    expected = target.hidden(torch.tensor(text[:-1]), layers)[-1]
+    # sums in another order, of numbers up to a hundred
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-3)
+
+
 @contextmanager
 def expect_the_states_of_training() -> Iterator[None]:
     """Fail where the drafter is handed other hidden states than it would be trained on."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from vllm_redrafter.adapter.proposer import ReDrafterProposer
@@ -249,9 +267,7 @@ def expect_the_states_of_training() -> Iterator[None]:
             layers = self.drafter.config.fused_layers
             for row, init_id, text in zip(hidden, init_ids.tolist(), texts, strict=True):
                 assert text[-1] == init_id
-                expected = targets[0].hidden(torch.tensor(text[:-1]), layers)[-1]
-                # sums in another order, of numbers up to a hundred
-                torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-3)
+                assert_state_of_training(row, targets[0], text, layers)
             return original(self, hidden, init_ids, *how)
 
         return search

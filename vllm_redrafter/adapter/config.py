@@ -69,6 +69,11 @@ class ReDrafterOptions:
         """The shape of the beam search."""
         return BeamShape(self.beam_width, self.draft_length)
 
+    @property
+    def layers_handed_out(self) -> tuple[int, ...]:
+        """The fused layers as vLLM counts them: the embeddings are its 0, so that what leaves layer i is its i + 1."""
+        return tuple(layer + 1 for layer in self.fused_layers or ())
+
     @classmethod
     def of(cls, vllm_config: Any) -> ReDrafterOptions:
         """Return the options that `translate` put into a `VllmConfig`."""
@@ -234,8 +239,6 @@ def _check_hands_out_layers(target: Any, fused_layers: list[int]) -> None:
     from vllm.model_executor.models.interfaces import supports_eagle3
 
     sees = f"the drafter sees what leaves the layers {', '.join(map(str, fused_layers))}, which"
-    if support.uses_v2():
-        raise NotImplementedError(f"{sees} is not built for model runner V2: use a drafter without fused_layers")
     model_class, _ = target.registry.resolve_model_cls(target.architectures, model_config=target)
     if not supports_eagle3(model_class):
         raise NotImplementedError(

@@ -130,8 +130,7 @@ class TreeModelRunner(CPUModelRunner):
         return self.stats.as_dict() | {"budgets": {} if self._budget is None else self._budget.as_dict()}
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...]:
-        # vLLM counts the embeddings as 0: what leaves layer i is its i + 1
-        return tuple(layer + 1 for layer in self.drafter.options.fused_layers or ())
+        return self.drafter.options.layers_handed_out
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """Run the forward pass as vLLM does; its time tells the budget what a step costs."""

@@ -50,11 +50,16 @@ class Graphs:
         return SimpleNamespace(num_reqs=size, cg_mode=CUDAGraphMode.FULL)
 
 
-def speculator_with(graphs: Graphs) -> TreeSpeculator:
+def speculator_with(graphs: Graphs, fused_layers: list[int] | None = None) -> TreeSpeculator:
     """Return a speculator as vLLM has it once the drafter is loaded; its constructor needs vLLM's whole config."""
     speculator = object.__new__(TreeSpeculator)
     torch.manual_seed(0)
-    speculator.model = ReDrafter(ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1)).eval().requires_grad_(False)
+    config = ReDrafterConfig(HIDDEN, VOCAB, num_draft_layers=1, fused_layers=fused_layers)
+    speculator.model = ReDrafter(config).eval().requires_grad_(False)
+    if fused_layers:
+        nn.init.normal_(speculator.model.fc.weight)  # zeros, until it is trained
+    speculator.hidden_size = HIDDEN
+    speculator.layer_outputs = None
     speculator.embed = nn.Embedding(VOCAB, HIDDEN).requires_grad_(False)
     speculator.options = ReDrafterOptions("unused", NUM_NODES, 3, 3, "fixed")
     speculator.trees = TreeBuffers(MAX_REQUESTS, NUM_NODES, torch.device("cpu"))
@@ -66,7 +71,7 @@ def speculator_with(graphs: Graphs) -> TreeSpeculator:
     speculator.drafted_ids = torch.arange(VOCAB)
     speculator.choose = best_continuations
     speculator.cudagraph_manager = graphs
-    speculator._hidden = torch.zeros(MAX_REQUESTS, HIDDEN)
+    speculator._hidden = torch.zeros(MAX_REQUESTS, config.input_size)
     speculator._init_ids = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
     speculator._as_chain = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
     speculator._positions = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
@@ -137,6 +142,27 @@ def test_drafts_start_at_the_last_accepted_node() -> None:
 
     assert not torch.equal(at_roots[0], with_walks[0])
     assert torch.equal(at_roots[1], with_walks[1])
+
+
+def test_a_drafter_with_fused_layers_is_handed_their_outputs_in_the_same_rows() -> None:
+    graphs = Graphs(4)
+    captured, eager = speculator_with(graphs, [0, 2]), speculator_with(Graphs(), [0, 2])
+    outputs = SimpleNamespace(rows=torch.randn(2 * MAX_REQUESTS, 2 * HIDDEN))
+    captured.layer_outputs = eager.layer_outputs = outputs  # type: ignore[assignment]
+    captured.capture()
+
+    def drafts_of(speculator: TreeSpeculator) -> torch.Tensor:
+        # request 0 accepted the node in its second row
+        return propose(speculator, [0, 2], torch.tensor([[0, 1], [0, -1]]), num_sampled=[2, 1])
+
+    drafts = drafts_of(captured)
+    assert torch.equal(captured._hidden[:2, HIDDEN:], outputs.rows[[1, 2]])
+    assert torch.equal(drafts, drafts_of(eager))
+    outputs.rows[[0, 1]] *= -1
+    others = drafts_of(captured)
+    assert not torch.equal(others[0], drafts[0])
+    assert torch.equal(others[1], drafts[1])
+    assert graphs.num_replays == 2
 
 
 def is_chain(parents: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.mutations import replaced
+from tests.engine.mutations import assert_state_of_training, replaced
 
 
 @contextmanager
@@ -89,6 +89,69 @@ def keep_hidden_states_where_no_graph_looks() -> Iterator[None]:
         return propose
 
     with replaced(TreeSpeculator, "propose", wrap):
+        yield
+
+
+@contextmanager
+def expect_the_states_of_training() -> Iterator[None]:
+    """Fail where the drafter is handed other hidden states than it would be trained on."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+    from vllm_redrafter.training.target import FrozenTarget
+
+    targets: list[FrozenTarget] = []
+    states: list[Any] = []
+    num_checked = 0
+
+    def wrap_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(self: Any, input_batch: Any, req_states: Any) -> Any:
+            states[:] = [req_states]
+            return original(self, input_batch, req_states)
+
+        return prepare
+
+    def wrap_propose(original: Callable[..., Any]) -> Callable[..., Any]:
+        def propose(self: Any, input_batch: Any, *arguments: Any, **more: Any) -> Any:
+            nonlocal num_checked
+            drafts = original(self, input_batch, *arguments, **more)
+            num_sampled = arguments[4]
+            for request, slot in enumerate(input_batch.idx_mapping.tolist()):
+                # neither in the middle of a prompt nor in a run of no requests, as at start
+                if more.get("dummy_run") or not num_sampled[request]:
+                    continue
+                if not targets:
+                    model = AutoModelForCausalLM.from_pretrained(self.vllm_config.model_config.model)
+                    targets.append(FrozenTarget(model))
+                text = states[0].all_token_ids.gpu[slot, : states[0].total_len.gpu[slot]].tolist()
+                assert_state_of_training(self._hidden[request], targets[0], text, self.options.fused_layers)
+                num_checked += 1
+            return drafts
+
+        return propose
+
+    with (
+        replaced(TreeModelState, "prepare_inputs", wrap_prepare),
+        replaced(TreeSpeculator, "propose", wrap_propose),
+    ):
+        yield
+    assert num_checked
+
+
+@contextmanager
+def draft_from_last_states_alone() -> Iterator[None]:
+    """Hand the drafter nothing of the layers that it fuses."""
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def gather(self: Any, *arguments: Any) -> None:
+            original(self, *arguments)
+            self._hidden[:, self.hidden_size :] = 0
+
+        return gather
+
+    with replaced(TreeSpeculator, "_gather_hidden", wrap):
         yield
 
 

@@ -101,6 +101,7 @@ CONTRACTS = (
         "Scheduler.update_from_output",
         ("scheduler_output", "model_runner_output"),
     ),
+    Contract("vllm.model_executor.models.interfaces", "SupportsEagle3.set_aux_hidden_state_layers", ("layers",)),
     Contract("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     Contract("vllm.v1.attention.backend", "AttentionImpl.forward", ("layer", "query", "key", "value", "kv_cache")),
 )

@@ -23,6 +23,7 @@ from vllm_redrafter import kernels
 from vllm_redrafter.adapter import loading
 from vllm_redrafter.adapter.config import ReDrafterOptions
 from vllm_redrafter.adapter.v2.drafting import draft
+from vllm_redrafter.adapter.v2.layer_outputs import LayerOutputs
 from vllm_redrafter.adapter.v2.model_state import TreeModelState
 from vllm_redrafter.adapter.v2.shared_head import best_of_all_ranks, rows_of_rank
 from vllm_redrafter.adapter.v2.step import Step
@@ -54,9 +55,11 @@ class TreeSpeculator(DraftModelSpeculator):
         self.is_foreseen = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)  # by request slot
         self.drafts_chains_only = False
         self.has_foresight = False
+        self.layer_outputs: LayerOutputs | None = None
         self.cudagraph_manager: CudaGraphManager | None = None
         # what a draft reads and writes, in the order of the batch
-        self._hidden = torch.zeros(self.max_num_reqs, self.hidden_size, dtype=self.dtype, device=device)
+        input_size = (1 + len(self.options.layers_handed_out)) * self.hidden_size
+        self._hidden = torch.zeros(self.max_num_reqs, input_size, dtype=self.dtype, device=device)
         self._init_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._positions = torch.zeros_like(self._init_ids)
@@ -74,6 +77,15 @@ class TreeSpeculator(DraftModelSpeculator):
         loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
         self.embed = loaded.embed
         self._share_head(loaded.drafter)
+        if self.options.layers_handed_out:
+            self.layer_outputs = LayerOutputs(
+                target_model,
+                self.options.layers_handed_out,
+                self.max_num_tokens,
+                self.hidden_size,
+                self.dtype,
+                self.device,
+            )
         millions = loaded.num_parameters / 1e6
         logger.info("Loaded the drafter %s (%.1fM parameters, %s)", self.options.model, millions, self.dtype)
         # vLLM asks the target for it; this instance only, other engines have nothing to do with us
@@ -137,7 +149,7 @@ class TreeSpeculator(DraftModelSpeculator):
         if self.step.nodes is not None:
             last = (num_sampled - 1).clamp(min=0).long()
             rows = rows + self.step.nodes.gather(1, last[:, None])[:, 0]
-        torch.index_select(last_hidden_states, 0, rows, out=self._hidden[:num_requests])
+        self._gather_hidden(last_hidden_states, rows)
         torch.index_select(last_sampled[:, 0], 0, slots, out=self._init_ids[:num_requests])
         self._look_ahead(num_requests, slots, rows, temperature, seeds)
         torch.index_select(self.is_linear.gpu, 0, slots, out=self._as_chain[:num_requests])
@@ -149,6 +161,13 @@ class TreeSpeculator(DraftModelSpeculator):
         if not dummy_run:
             self.trees.store(slots, drafted, num_sampled > 0)
         return drafted.token_ids[:, 1:]
+
+    def _gather_hidden(self, last_hidden_states: torch.Tensor, rows: torch.Tensor) -> None:  # [num_requests]
+        """Copy what the drafter is handed of these rows: the last hidden state, and what left the layers it fuses."""
+        hidden = self._hidden[: len(rows)]
+        torch.index_select(last_hidden_states, 0, rows, out=hidden[:, : self.hidden_size])
+        if self.layer_outputs is not None:
+            torch.index_select(self.layer_outputs.rows, 0, rows, out=hidden[:, self.hidden_size :])
 
     def _look_ahead(
         self,
