@@ -126,7 +126,9 @@ class Result:
     num_head_rows: list[int]
     """By rank, the rows of the drafter's head that it holds, under model runner V2; else empty."""
     num_graph_replays: int
-    """CUDA graphs that were replayed, as `v2.recorded_graphs` does."""
+    """CUDA graphs that were replayed, as `v2.recorded_graphs` does: of whole forwards, and of drafts."""
+    num_piece_replays: int
+    """The same of those that hold what lies between two layers' attention."""
 
     def token_ids(self) -> list[list[list[int]] | None]:
         """Return the tokens of every sample of every request."""

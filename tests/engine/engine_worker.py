@@ -70,11 +70,12 @@ class _Server:
     def run(self, workload: dict[str, Any]) -> dict[str, Any]:
         self._llm.reset_prefix_cache()
         before, metrics_before = self._stats(), self._metrics()
-        replays_before = _num_graph_replays()
+        graphs_before, pieces_before = _num_replays()
         started = time.perf_counter()
         with _mutation(workload["mutation"]):
             answers, num_steps = self._serve(workload["requests"])
         seconds = time.perf_counter() - started
+        graphs, pieces = _num_replays()
         metrics = {name: value - metrics_before.get(name, 0) for name, value in self._metrics().items()}
         return {
             "answers": answers,
@@ -85,7 +86,8 @@ class _Server:
             "has_plugin": "vllm_redrafter" in sys.modules,
             "is_async": self._llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
             "num_head_rows": self._num_head_rows(),
-            "num_graph_replays": _num_graph_replays() - replays_before,
+            "num_graph_replays": graphs - graphs_before,
+            "num_piece_replays": pieces - pieces_before,
         }
 
     def _serve(self, requests: list[dict[str, Any]]) -> tuple[list[dict[str, Any] | None], int]:
@@ -152,10 +154,12 @@ class _Server:
         return {metric.name: metric.value for metric in self._llm.get_metrics() if hasattr(metric, "value")}
 
 
-def _num_graph_replays() -> int:
-    """Return how many CUDA graphs this process has replayed, where it records any."""
+def _num_replays() -> tuple[int, int]:
+    """Return how many CUDA graphs this process has replayed, where it records any: whole ones, and pieces."""
     recorded = sys.modules.get("tests.engine.v2.recorded_graphs")
-    return 0 if recorded is None else recorded.RecordedGraph.num_replays
+    if recorded is None:
+        return 0, 0
+    return recorded.RecordedGraph.num_replays, recorded.RecordedGraph.num_replayed_pieces
 
 
 def _head(drafter: Any) -> Any:

@@ -3,7 +3,8 @@
 A replay runs none of the Python that was captured. Every kernel gets the tensors and numbers that it had then, and
 writes where it wrote then, so what capture must not bake in, an address, a length, a choice of the host, shows as it
 does on a GPU. All memory that captured regions allocated holds garbage when a replay begins, as in a pool that graphs
-share, and a read of the device by the host fails, as no capture can hold it.
+share, but for what a piece of a forward reads of the pieces before it. A read of the device by the host fails, as no
+capture can hold it.
 
 A kernel is what torch's dispatcher has at its bottom, a launch of Triton's, and what a stand-in says is one.
 """
@@ -19,6 +20,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
+from vllm.compilation import cuda_graph
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker import workspace
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -31,17 +35,24 @@ class RecordedGraph:
     """Stands for `torch.cuda.CUDAGraph`."""
 
     num_replays: ClassVar[int] = 0
-    """Of all graphs of this process."""
+    """Of all graphs of this process, pieces left out."""
+    num_replayed_pieces: ClassVar[int] = 0
+    """Of all graphs of this process that hold a part of a forward."""
     pool: ClassVar[list[torch.Tensor]] = []
     """What captured regions allocated."""
 
     def __init__(self) -> None:
         self.kernels: list[Callable[[], object]] = []
+        self.allocated: list[torch.Tensor] = []
+        self.is_piece = _is_piecewise()
 
     @torch.inference_mode()
     def replay(self) -> None:
-        RecordedGraph.num_replays += 1
-        for tensor in self.pool:
+        if self.is_piece:
+            RecordedGraph.num_replayed_pieces += 1
+        else:
+            RecordedGraph.num_replays += 1
+        for tensor in self.allocated if self.is_piece else self.pool:
             if tensor.dtype.is_floating_point:
                 tensor.fill_(float("nan"))
             elif tensor.dtype != torch.bool:
@@ -71,6 +82,7 @@ class _Recorder(TorchDispatchMode):
         fresh = [tensor.untyped_storage().data_ptr() not in given for tensor in _tensors(result)]
         written = [tensor for tensor, is_fresh in zip(_tensors(result), fresh, strict=True) if is_fresh]
         RecordedGraph.pool += written
+        self.graph.allocated += written
         # a view is no kernel, and memory comes with what was in it before
         if (written or function._schema.is_mutable) and "empty" not in name:
             self.graph.kernels.append(partial(_run_again, function, args, kwargs, fresh, written))
@@ -104,11 +116,13 @@ def install() -> None:
     torch.accelerator.empty_cache = lambda: None
     torch.accelerator.get_memory_info = lambda *device: (0, 0)
     torch.accelerator.synchronize = lambda *device: None
+    cuda_graph.weak_ref_tensors = lambda tensors: tensors
     cudagraph_utils.graph_capture = lambda device: nullcontext()
     cudagraph_utils.capture_pool = lambda pool, config: nullcontext(pool)
     cudagraph_utils.CudaGraphManager._capture_stream = lambda self, desc: None
     CpuPlatform.support_static_graph_mode = classmethod(lambda cls: True)
     CpuPlatform.graph_pool_handle = classmethod(lambda cls: (0, 0))
+    CpuPlatform.get_static_graph_wrapper_cls = classmethod(lambda cls: "vllm.compilation.cuda_graph.CUDAGraphWrapper")
     launch, warm_up = GridExecutor.__call__, CPUWorker.compile_or_warm_up_model
 
     def compile_or_warm_up_model(self: CPUWorker) -> Any:
@@ -121,6 +135,12 @@ def install() -> None:
 
     GridExecutor.__call__ = lambda self, *args, **kwargs: kernel(partial(launch, self, *args, **kwargs))
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _is_piecewise() -> bool:
+    if not is_forward_context_available():
+        return False
+    return get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
 
 
 def _run_again(function: Any, args: Any, kwargs: Any, fresh: list[bool], written: list[torch.Tensor]) -> None:

@@ -52,12 +52,12 @@ def register() -> None:
     stock = CpuPlatform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
-        asked = vllm_config.scheduler_config.async_scheduling
-        sizes = vllm_config.compilation_config.cudagraph_capture_sizes
+        asked, compilation = vllm_config.scheduler_config.async_scheduling, vllm_config.compilation_config
+        mode, backend, sizes = compilation.mode, compilation.backend, compilation.cudagraph_capture_sizes
         stock(vllm_config)
         vllm_config.scheduler_config.async_scheduling = asked
         if RECORDS_GRAPHS:
-            vllm_config.compilation_config.cudagraph_capture_sizes = sizes
+            compilation.mode, compilation.backend, compilation.cudagraph_capture_sizes = mode, backend, sizes
 
     CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
     start_as_on_a_gpu()

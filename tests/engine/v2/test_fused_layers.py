@@ -11,13 +11,13 @@ import torch
 from tests.engine import tiny_models
 from tests.engine.engine_process import Engine, EnginePool, Workload, assert_same_answers
 from tests.engine.v2.conftest import V2Pair
-from tests.engine.v2.test_graphs import GREEDY, tokens_per_step, with_graphs
+from tests.engine.v2.test_graphs import GREEDY, tokens_per_step, with_all_graphs
 from tests.engine.v2.test_graphs import workload as workload_of
 from tests.engine.v2.test_losslessness import SAMPLED, resent, seeded
 
 pytestmark = pytest.mark.engine
 
-ENGINES: dict[str, Callable[[V2Pair], Engine]] = {"eager": V2Pair.drafted, "graphs": with_graphs}
+ENGINES: dict[str, Callable[[V2Pair], Engine]] = {"eager": V2Pair.drafted, "graphs": with_all_graphs}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_draft_starts_from_what_training_sees(engines: EnginePool, fused_p
 
     assert_same_answers(drafted, engines.run(fused_pair.plain(), workload))
     assert drafted.stats["num_branch_acceptances"] > 0
-    assert (drafted.num_graph_replays > 0) == (kind == "graphs")
+    assert (drafted.num_graph_replays > 0) == (drafted.num_piece_replays > 0) == (kind == "graphs")
 
 
 def test_text_is_that_of_plain_vllm(engines: EnginePool, fused_pair: V2Pair) -> None:

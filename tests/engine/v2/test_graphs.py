@@ -16,12 +16,30 @@ GREEDY = {"temperature": 0}
 SEEDED = {"temperature": 1.0, "seed": 3}
 
 
+# in rows: verifications and drafts for one, two and four requests
+SIZES = {count * rows for count in (1, 2, 4) for rows in (1, 1 + 4, 1 + NUM_NODES)}
+
+
 def with_graphs(pair: V2Pair, **speculation: Any) -> Engine:
     """Returns the drafting engine, its verifications and drafts captured for one, two and four requests."""
-    requests = (1, 2, 4)
-    sizes = [*requests, *((1 + num_nodes) * count for num_nodes in (4, NUM_NODES) for count in requests)]
-    compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(set(sizes))}
+    return _recording(pair, speculation, {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, SIZES)
+
+
+def with_all_graphs(pair: V2Pair, **speculation: Any) -> Engine:
+    """Returns the same as vLLM makes it on a GPU: the target compiled, and steps with prompts replayed in pieces."""
+    compilation = {
+        "mode": 3,
+        "cudagraph_mode": "FULL_AND_PIECEWISE",
+        # what a GPU would have besides: kernels that torch generates, and fused ones
+        "backend": "eager",
+        "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+    }
+    return _recording(pair, speculation, compilation, {*SIZES, 64})
+
+
+def _recording(pair: V2Pair, speculation: dict[str, Any], compilation: dict[str, Any], sizes: set[int]) -> Engine:
     environment = {**pair.environment, "RECORD_CUDA_GRAPHS": "1"}
+    compilation["cudagraph_capture_sizes"] = sorted(sizes)
     return pair._replace(environment=environment).drafted(
         speculation, enforce_eager=False, compilation_config=compilation
     )
@@ -52,6 +70,22 @@ def test_text_from_graphs_is_that_of_plain_vllm(engines: EnginePool, v2_pair: V2
     assert drafted.stats["num_commits"] > 0
     # every draft is one, and so is a verification, but where a prompt comes between
     assert drafted.num_graph_replays > 1.4 * (drafted.num_engine_steps - len(v2_pair.prompts))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_text_from_a_compiled_target_and_graphs_of_all_steps_is_that_of_plain_vllm(
+    engines: EnginePool, v2_pair: V2Pair, sampling: dict[str, Any]
+) -> None:
+    requests = workload(v2_pair, sampling)
+
+    drafted = engines.run(with_all_graphs(v2_pair), requests)
+
+    assert_same_answers(drafted, engines.run(v2_pair.plain(), requests))
+    assert drafted.stats == engines.run(v2_pair.drafted(), requests).stats
+    assert drafted.num_graph_replays > 1.4 * (drafted.num_engine_steps - len(v2_pair.prompts))
+    # before, between and behind the two layers' attention
+    assert drafted.num_piece_replays >= 3 * len(v2_pair.prompts)
+    assert engines.run(with_graphs(v2_pair), requests).num_piece_replays == 0
 
 
 def test_three_requests_replay_the_graphs_of_four(engines: EnginePool, v2_pair: V2Pair) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.engine.v2 import recorded_graphs
 from tests.engine.v2.recorded_graphs import RecordedGraph, capture, kernel
 
 
@@ -45,6 +46,22 @@ def test_what_a_capture_allocated_holds_garbage_when_a_replay_begins() -> None:
     second.replay()
 
     assert out.isnan().all()
+
+
+def test_a_piece_reads_what_the_pieces_before_it_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_graphs, "_is_piecewise", lambda: True)
+    source, out = torch.ones(2), torch.zeros(2)
+    first, second = RecordedGraph(), RecordedGraph()
+    with capture(first):
+        between = source + 1
+    with capture(second):
+        out.copy_(between)
+
+    source.fill_(5)
+    first.replay()
+    second.replay()
+
+    assert out.tolist() == [6, 6]
 
 
 def test_what_is_marked_is_one_kernel() -> None:
