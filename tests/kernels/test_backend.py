@@ -18,7 +18,13 @@ sampling_noise = pytest.importorskip(
 best_continuations = pytest.importorskip(
     "vllm_redrafter.kernels.best_continuations", reason="needs Triton", exc_type=ImportError
 )
+count_walks = pytest.importorskip("vllm_redrafter.kernels.count_walks", reason="needs Triton", exc_type=ImportError)
+draft_starts = pytest.importorskip("vllm_redrafter.kernels.draft_starts", reason="needs Triton", exc_type=ImportError)
 draft_trees = pytest.importorskip("vllm_redrafter.kernels.draft_trees", reason="needs Triton", exc_type=ImportError)
+store_trees = pytest.importorskip("vllm_redrafter.kernels.store_trees", reason="needs Triton", exc_type=ImportError)
+tree_positions = pytest.importorskip(
+    "vllm_redrafter.kernels.tree_positions", reason="needs Triton", exc_type=ImportError
+)
 verify_walk = pytest.importorskip("vllm_redrafter.kernels.verify_walk", reason="needs Triton", exc_type=ImportError)
 
 
@@ -38,9 +44,13 @@ def test_interpreted_kernels_are_tritons() -> None:
         commit_kv.commit_kv,
         verify_walk.target_tokens,
         verify_walk.verify_walk,
+        count_walks.count_walks,
+        draft_starts.draft_starts,
         sampling_noise.sampling_noise,
         best_continuations.best_continuations,
         draft_trees.draft_trees,
+        store_trees.store_trees,
+        tree_positions.tree_positions,
     )
 
 
@@ -56,7 +66,18 @@ def test_without_a_gpu_the_twins_take_over(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", Backend._fields[1:])
 def test_kernel_and_twin_have_one_signature(name: str) -> None:
-    modules = (tree_attention, commit_kv, verify_walk, sampling_noise, best_continuations, draft_trees)
+    modules = (
+        tree_attention,
+        commit_kv,
+        verify_walk,
+        count_walks,
+        draft_starts,
+        sampling_noise,
+        best_continuations,
+        draft_trees,
+        store_trees,
+        tree_positions,
+    )
     (kernel,) = (vars(module)[name] for module in modules if callable(vars(module).get(name)))
 
     assert inspect.signature(kernel) == inspect.signature(getattr(reference, name))

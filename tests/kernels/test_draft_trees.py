@@ -49,6 +49,12 @@ def grown(batch_size: int, num_candidates: int, seed: int) -> Candidates:
     return Candidates(torch.randint(1000, shape, generator=generator), parents, log_probs[:, 1:].contiguous())
 
 
+def unwritten(batch_size: int, num_nodes: int) -> PaddedTrees:
+    return PaddedTrees(
+        *(column.fill_(UNWRITTEN) for column in PaddedTrees.zeros(batch_size, num_nodes, torch.device("cpu")))
+    )
+
+
 def drafted(
     candidates: Candidates, num_nodes: int, linear: tuple[int, ...] = (), init_ids: torch.Tensor | None = None
 ) -> PaddedTrees:
@@ -56,14 +62,12 @@ def drafted(
     batch_size = len(candidates.parents)
     init_ids = 500 + torch.arange(batch_size) if init_ids is None else init_ids
     is_linear = torch.tensor([row in linear for row in range(batch_size)])
-    launch = draft_trees.plan(init_ids, candidates, is_linear, num_nodes)
-    outputs = [launch.arguments[f"out_{name}"].fill_(UNWRITTEN) for name in PaddedTrees._fields]
+    trees, twins = unwritten(batch_size, num_nodes), unwritten(batch_size, num_nodes)
 
-    launch.run()
+    draft_trees.draft_trees(init_ids, candidates, is_linear, trees)
 
-    trees = PaddedTrees(*outputs)
-    for ours, twin in zip(trees, reference.draft_trees(init_ids, candidates, is_linear, num_nodes), strict=True):
-        assert ours.dtype == twin.dtype
+    reference.draft_trees(init_ids, candidates, is_linear, twins)
+    for ours, twin in zip(trees, twins, strict=True):
         assert torch.equal(ours, twin)
     return trees
 
@@ -173,22 +177,25 @@ def test_candidates_that_are_not_a_number_are_none() -> None:
         torch.full((2, 3), -1),
         torch.tensor([[math.nan, -2.0, -1.0], [math.nan] * 3]),
     )
-    launch = draft_trees.plan(torch.tensor([8, 9]), candidates, torch.tensor([False, False]), 3)
-    launch.arguments["out_token_ids"].fill_(UNWRITTEN)
+    trees = unwritten(2, 3)
 
-    launch.run()
+    draft_trees.draft_trees(torch.tensor([8, 9]), candidates, torch.tensor([False, False]), trees)
 
-    assert launch.arguments["out_token_ids"].tolist() == [[8, 3, 2, 8], [9] * 4]
-    assert launch.arguments["out_parents"].tolist() == [[-1, 0, 0, -1], [-1] * 4]
+    assert trees.token_ids.tolist() == [[8, 3, 2, 8], [9] * 4]
+    assert trees.parents.tolist() == [[-1, 0, 0, -1], [-1] * 4]
 
 
 def test_what_fits_no_tree_is_refused() -> None:
     candidates = searched(2, 3, 3, 5, seed=4)
-    init_ids, is_linear = torch.tensor([1, 2]), torch.tensor([False, False])
+    init_ids, is_linear, trees = torch.tensor([1, 2]), torch.tensor([False, False]), unwritten(2, 5)
 
     with pytest.raises(ValueError, match="num_speculative_tokens is 64"):
-        draft_trees.draft_trees(init_ids, candidates, is_linear, 64)
+        draft_trees.draft_trees(init_ids, candidates, is_linear, unwritten(2, 64))
     with pytest.raises(ValueError, match="pass contiguous tensors of one batch"):
-        draft_trees.draft_trees(init_ids[:1], candidates, is_linear, 5)
+        draft_trees.draft_trees(init_ids[:1], candidates, is_linear, trees)
     with pytest.raises(ValueError, match="pass contiguous tensors of one batch"):
-        draft_trees.draft_trees(init_ids, Candidates(*(column.T.contiguous().T for column in candidates)), is_linear, 5)
+        draft_trees.draft_trees(init_ids, candidates, is_linear, trees.first(1))
+    with pytest.raises(ValueError, match="pass contiguous tensors of one batch"):
+        draft_trees.draft_trees(
+            init_ids, Candidates(*(column.T.contiguous().T for column in candidates)), is_linear, trees
+        )

@@ -16,6 +16,9 @@ from vllm_redrafter.kernels import reference
 verify_walk = pytest.importorskip("vllm_redrafter.kernels.verify_walk", reason="needs Triton", exc_type=ImportError)
 
 
+FIRST_SLOT = torch.zeros(1, dtype=torch.int32)
+
+
 def random_trees(num_requests: int, num_nodes: int, vocab_size: int, seed: int = 0) -> TokenTree:
     """Returns trees over so few tokens that siblings' children, and now and then siblings, carry the same ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +44,11 @@ def test_the_walk_is_the_cores(num_nodes: int, twin: object) -> None:
     choices = torch.randint(3, trees.parents.shape, generator=torch.Generator().manual_seed(1))
     cu_num_logits = torch.arange(0, choices.numel() + 1, 1 + num_nodes, dtype=torch.int32)
 
-    walk = twin.verify_walk(trees.token_ids, trees.parents, cu_num_logits, choices.flatten())  # type: ignore[attr-defined]
+    # request i's tree is in slot 23 - i
+    slots = torch.arange(23, -1, -1, dtype=torch.int32)
+    walk = twin.verify_walk(  # type: ignore[attr-defined]
+        trees.token_ids.flatten(), trees.parents.flip(0), slots, cu_num_logits, choices.flatten()
+    )
 
     expected = greedy_walk(trees, choices)
     assert num_nodes < 7 or expected.num_accepted.max() > 1
@@ -52,7 +59,9 @@ def test_a_chain_is_accepted_to_its_end() -> None:
     parents = torch.arange(-1, 63)[None]
     tokens = torch.arange(100, 164)[None]
 
-    walk = verify_walk.verify_walk(tokens, parents, torch.tensor([0, 64], dtype=torch.int32), torch.arange(101, 165))
+    walk = verify_walk.verify_walk(
+        tokens[0], parents, FIRST_SLOT, torch.tensor([0, 64], dtype=torch.int32), torch.arange(101, 165)
+    )
 
     assert walk.token_ids.tolist() == [list(range(101, 165))]
     assert walk.nodes.tolist() == [list(range(64))]
@@ -60,13 +69,14 @@ def test_a_chain_is_accepted_to_its_end() -> None:
 
 
 def test_trees_that_were_cut_off_are_walked_as_far_as_they_have_rows() -> None:
-    parents = torch.tensor([[-1, 0, 1, 2, 0]]).repeat(3, 1)
-    tokens = torch.tensor([[7, 1, 2, 3, 9]]).repeat(3, 1)
+    parents = torch.tensor([[-1, 0, 1, 2, 0]])
+    slots = torch.zeros(3, dtype=torch.int32)
+    tokens = torch.tensor([7, 1, 2, 3, 9, 7, 1, 2])
     cu_num_logits = torch.tensor([0, 5, 5, 8], dtype=torch.int32)  # all rows, none, three
     choices = torch.tensor([1, 2, 3, 4, 0, 1, 2, 3])
 
     walks = [
-        twin.verify_walk(tokens, parents, cu_num_logits, choices)  # type: ignore[attr-defined]
+        twin.verify_walk(tokens, parents, slots, cu_num_logits, choices)  # type: ignore[attr-defined]
         for twin in (verify_walk, reference)
     ]
 
@@ -77,9 +87,11 @@ def test_trees_that_were_cut_off_are_walked_as_far_as_they_have_rows() -> None:
 
 
 def test_nodes_of_padding_are_nobodys_children() -> None:
-    tokens, parents = torch.tensor([[7, 5, -1, -1]]), torch.tensor([[-1, 0, -1, -1]])
+    tokens, parents = torch.tensor([7, 5, -1, -1]), torch.tensor([[-1, 0, -1, -1]])
 
-    walk = verify_walk.verify_walk(tokens, parents, torch.tensor([0, 4], dtype=torch.int32), torch.tensor([5, 8, 1, 1]))
+    walk = verify_walk.verify_walk(
+        tokens, parents, FIRST_SLOT, torch.tensor([0, 4], dtype=torch.int32), torch.tensor([5, 8, 1, 1])
+    )
 
     assert walk.token_ids.tolist() == [[5, 8, -1, -1]]
 

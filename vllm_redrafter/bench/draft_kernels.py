@@ -12,6 +12,7 @@ from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Candidates
 from vllm_redrafter.kernels import best_continuations, draft_trees, reference, sampling_noise
+from vllm_redrafter.kernels.batch import PaddedTrees
 
 _DRAFT_VOCAB_SIZE = 32_000
 _HIDDEN_SIZE = 4096
@@ -94,14 +95,20 @@ def _timed_choice(case: str, batch_size: int, num_kept: int, bytes_per_ms: float
     )
 
 
-def _trees_case(num_requests: int, num_nodes: int, device: str) -> tuple[torch.Tensor, Candidates, torch.Tensor, int]:
+def _trees_case(
+    num_requests: int, num_nodes: int, device: str
+) -> tuple[torch.Tensor, Candidates, torch.Tensor, PaddedTrees]:
     candidates = drafts.random_candidates(num_requests, _SHAPE, num_nodes, device)
     requests = torch.arange(num_requests, device=device)
-    return requests, candidates, requests % 4 == 3, num_nodes
+    return requests, candidates, requests % 4 == 3, PaddedTrees.zeros(num_requests, num_nodes, requests.device)
 
 
-def _trees(case: str, *search: Any) -> Measurement:
-    ours, twin = draft_trees.draft_trees(*search), reference.draft_trees(*search)
+def _trees(
+    case: str, init_ids: torch.Tensor, candidates: Candidates, is_linear: torch.Tensor, ours: PaddedTrees
+) -> Measurement:
+    twin = PaddedTrees(*map(torch.zeros_like, ours))
+    draft_trees.draft_trees(init_ids, candidates, is_linear, ours)
+    reference.draft_trees(init_ids, candidates, is_linear, twin)
     return Measurement("draft_trees", case, share_that_differs(ours, twin), 0.0)
 
 

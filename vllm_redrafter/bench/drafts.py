@@ -12,6 +12,7 @@ from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import BeamShape, Candidates
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
+from vllm_redrafter.kernels.batch import DraftStarts, PaddedTrees
 
 
 def random_drafter(
@@ -43,16 +44,24 @@ def draft_call(drafter: ReDrafter, num_requests: int, shape: BeamShape, num_node
     config, weight = drafter.config, next(drafter.parameters())
     with torch.device(weight.device):
         table = torch.randn(config.vocab_size, config.hidden_size, dtype=weight.dtype)
-        hidden = torch.randn(num_requests, config.hidden_size, dtype=weight.dtype)
-        init_ids, seeds = torch.arange(num_requests), torch.arange(num_requests)
-        temperatures = torch.full((num_requests,), 0.7)
-        is_linear = torch.zeros(num_requests, dtype=torch.bool)
+        requests = torch.arange(num_requests)
+        starts = DraftStarts(
+            torch.randn(num_requests, config.hidden_size, dtype=weight.dtype),
+            init_ids=requests,
+            is_linear=torch.zeros(num_requests, dtype=torch.bool),
+            positions=requests,
+            temperatures=torch.full((num_requests,), 0.7),
+            seeds=requests,
+        )
+    trees = PaddedTrees.zeros(num_requests, num_nodes, weight.device)
     drafted_ids = drafter.drafted_ids(weight.device)
 
     def embed(token_ids: torch.Tensor) -> torch.Tensor:
         return table[token_ids]
 
     def noise(depth: int) -> torch.Tensor:
-        return kernels.backend().sampling_noise(init_ids + depth, temperatures, seeds, drafted_ids)
+        return kernels.backend().sampling_noise(
+            starts.positions + depth, starts.temperatures, starts.seeds, drafted_ids
+        )
 
-    return lambda: drafting.draft(drafter, embed, hidden, init_ids, is_linear, shape, num_nodes, noise)
+    return lambda: drafting.draft(drafter, embed, starts, shape, trees, noise)

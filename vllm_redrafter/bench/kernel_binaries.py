@@ -12,12 +12,24 @@ from vllm_redrafter.core.beam_search import Candidates
 from vllm_redrafter.kernels import (
     best_continuations,
     commit_kv,
+    count_walks,
+    draft_starts,
     draft_trees,
     sampling_noise,
+    store_trees,
     tree_attention,
+    tree_positions,
     verify_walk,
 )
-from vllm_redrafter.kernels.batch import HEAD_SIZES, AttentionOptions
+from vllm_redrafter.kernels.batch import (
+    COUNTED,
+    HEAD_SIZES,
+    AttentionOptions,
+    DraftStarts,
+    PaddedTrees,
+    RequestStates,
+    StepRows,
+)
 from vllm_redrafter.kernels.binary import Binary, compile_launch
 from vllm_redrafter.kernels.caches import layer_caches
 from vllm_redrafter.kernels.gpu import Gpu
@@ -61,7 +73,9 @@ def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
             commit_kv.plan(layer_caches([batch.cache]), batch.trees, torch.zeros(1, path, dtype=torch.int64)),
         )
     ids, starts = torch.zeros(1, 17, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
-    yield "16 nodes", verify_walk.plan_walk(ids, ids, starts, ids[0])
+    yield "16 nodes", verify_walk.plan_walk(ids[0], ids, starts[:1], starts, ids[0])
+    yield from _step(16)
+    yield from _step(63)
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.zeros(1, 128_000, dtype=dtype)
         yield (
@@ -81,8 +95,34 @@ def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         candidates = Candidates(column, column, column.float())
         yield (
             f"{num_nodes} of {num_candidates}",
-            draft_trees.plan(ids[0, :1], candidates, torch.zeros(1, dtype=torch.bool), num_nodes),
+            draft_trees.plan(ids[0, :1], candidates, torch.zeros(1, dtype=torch.bool), _trees(num_nodes)),
         )
+
+
+def _step(num_nodes: int) -> Iterator[tuple[str, Launch]]:
+    """Yield what a step of model runner V2 has done besides: small kernels for many smaller ones."""
+    case, trees, numbers = f"{num_nodes} nodes", _trees(num_nodes), torch.zeros(1, dtype=torch.int32)
+    starts, ids = torch.zeros(2, dtype=torch.int32), trees.token_ids
+    sums = torch.zeros(len(COUNTED) + num_nodes, dtype=torch.int64)
+    yield case, count_walks.plan(ids, trees.parents, numbers, starts, sums)
+    yield case, store_trees.plan(trees, numbers, numbers, trees)
+    yield case, tree_positions.plan(numbers, numbers, ids[0, :1], trees.depths, ids[0])
+    rows = StepRows(numbers, starts, ids[0, :1], ids[0], numbers, ids)
+    states = RequestStates(ids[:, :1], torch.zeros(1), ids[0, :1], numbers, numbers)
+    for layers in (0, 3):
+        hidden, outputs = (
+            torch.zeros(1, 4096, dtype=torch.bfloat16),
+            torch.zeros(1, layers * 4096, dtype=torch.bfloat16),
+        )
+        out = DraftStarts.zeros(1, (1 + layers) * 4096, torch.bfloat16, hidden.device)
+        yield (
+            f"{case}, {layers} layers",
+            draft_starts.plan(hidden, outputs if layers else None, rows, states, False, out),
+        )
+
+
+def _trees(num_nodes: int) -> PaddedTrees:
+    return PaddedTrees.zeros(1, num_nodes, torch.device("cpu"))
 
 
 def _attention(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_redrafter.bench import draft_kernels, graph_time, stock
+from vllm_redrafter.bench import draft_kernels, graph_time, step_kernels, stock
 from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call, share_that_differs
 from vllm_redrafter.bench.tree_batches import Batch, random_batch, random_parents
 from vllm_redrafter.kernels import commit_kv, reference, tree_attention, verify_walk
@@ -54,6 +54,7 @@ def check(device: str) -> Iterator[Measurement]:
     yield _walk("63 nodes", 8, 63, device)
     yield _draw("5000 tokens", *_draw_case(8, 5000, device))
     yield from draft_kernels.check(device, main_dtype)
+    yield from step_kernels.check(device)
 
 
 def measure(plan: Plan) -> Iterator[Measurement]:
@@ -78,6 +79,7 @@ def measure(plan: Plan) -> Iterator[Measurement]:
         yield _timed_walk(f"batch {batch_size} {plan.num_nodes} nodes", batch_size, plan.num_nodes)
         yield _timed_draw(f"batch {batch_size} {VOCAB_SIZE} tokens", batch_size * rows, bytes_per_ms)
     yield from draft_kernels.measure(plan.batch_sizes, plan.num_nodes, bytes_per_ms)
+    yield from step_kernels.measure(plan.batch_sizes, plan.num_nodes)
 
 
 def _attention(case: str, batch: Batch, **options: Any) -> Measurement:
@@ -163,7 +165,8 @@ def _walk_case(num_requests: int, num_nodes: int, device: str) -> tuple[torch.Te
     parents = torch.tensor([random_parents(1 + num_nodes, generator) for _ in range(num_requests)])
     tokens, choices = (torch.randint(3, parents.shape, generator=generator) for _ in range(2))
     starts = torch.arange(0, parents.numel() + 1, 1 + num_nodes, dtype=torch.int32)
-    return tuple(tensor.to(device) for tensor in (tokens, parents, starts, choices.flatten()))
+    slots = torch.arange(num_requests, dtype=torch.int32)
+    return tuple(tensor.to(device) for tensor in (tokens.flatten(), parents, slots, starts, choices.flatten()))
 
 
 def _walk(case: str, num_requests: int, num_nodes: int, device: str) -> Measurement:

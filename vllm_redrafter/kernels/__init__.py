@@ -16,7 +16,14 @@ import torch
 
 from vllm_redrafter.core.acceptance import Walk
 from vllm_redrafter.core.beam_search import Candidates, Choose
-from vllm_redrafter.kernels.batch import AttentionOptions, PaddedTrees, TreeBatch
+from vllm_redrafter.kernels.batch import (
+    AttentionOptions,
+    DraftStarts,
+    PaddedTrees,
+    RequestStates,
+    StepRows,
+    TreeBatch,
+)
 from vllm_redrafter.kernels.caches import LayerCaches
 
 _Tensor = torch.Tensor
@@ -30,10 +37,14 @@ class Backend(NamedTuple):
     tree_attention: Callable[[_Tensor, _Tensor, _Tensor, TreeBatch, AttentionOptions, _Tensor], None]
     commit_kv: Callable[[LayerCaches, TreeBatch, _Tensor], None]
     target_tokens: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
-    verify_walk: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], Walk]
+    verify_walk: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], Walk]
+    count_walks: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], None]
+    draft_starts: Callable[[_Tensor, _Tensor | None, StepRows, RequestStates, bool, DraftStarts], None]
     sampling_noise: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
     best_continuations: Choose
-    draft_trees: Callable[[_Tensor, Candidates, _Tensor, int], PaddedTrees]
+    draft_trees: Callable[[_Tensor, Candidates, _Tensor, PaddedTrees], None]
+    store_trees: Callable[[PaddedTrees, _Tensor, _Tensor, PaddedTrees], None]
+    tree_positions: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], None]
 
 
 @functools.cache
@@ -44,9 +55,13 @@ def backend() -> Backend:
         from vllm_redrafter.kernels import (
             best_continuations,
             commit_kv,
+            count_walks,
+            draft_starts,
             draft_trees,
             sampling_noise,
+            store_trees,
             tree_attention,
+            tree_positions,
             verify_walk,
         )
 
@@ -56,9 +71,13 @@ def backend() -> Backend:
             commit_kv.commit_kv,
             verify_walk.target_tokens,
             verify_walk.verify_walk,
+            count_walks.count_walks,
+            draft_starts.draft_starts,
             sampling_noise.sampling_noise,
             best_continuations.best_continuations,
             draft_trees.draft_trees,
+            store_trees.store_trees,
+            tree_positions.tree_positions,
         )
     from vllm_redrafter.kernels import reference
 
@@ -68,7 +87,11 @@ def backend() -> Backend:
         reference.commit_kv,
         reference.target_tokens,
         reference.verify_walk,
+        reference.count_walks,
+        reference.draft_starts,
         reference.sampling_noise,
         reference.best_continuations,
         reference.draft_trees,
+        reference.store_trees,
+        reference.tree_positions,
     )

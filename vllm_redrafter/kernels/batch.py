@@ -13,6 +13,15 @@ HEAD_SIZES = (32, 64, 80, 96, 128, 192, 256)
 """Sizes of attention heads that the kernels are made for."""
 MAX_BEAMS = 64
 """Beams of a search on the device."""
+COUNTED = (
+    "num_drafts",
+    "num_draft_tokens",
+    "num_branching_trees",
+    "num_truncated_trees",
+    "num_branch_acceptances",
+    "num_commits",
+)
+"""What `count_walks` sums up, in its order."""
 
 
 class TreeBatch(NamedTuple):
@@ -73,6 +82,59 @@ class PaddedTrees(NamedTuple):
     parents: torch.Tensor  # [batch, 1 + N] int64: -1 at the root and in padding
     depths: torch.Tensor  # [batch, 1 + N] int64: 0 at the root and in padding
     ancestors: torch.Tensor  # [batch, 1 + N] int64: bit j of word i is set where node i sees node j; 0 in padding
+
+    @classmethod
+    def zeros(cls, batch_size: int, num_nodes: int, device: torch.device) -> PaddedTrees:
+        """Return memory for so many trees."""
+        shape = (len(cls._fields), batch_size, 1 + num_nodes)
+        return cls(*torch.zeros(shape, dtype=torch.int64, device=device))
+
+    def first(self, batch_size: int) -> PaddedTrees:
+        """Return the first trees."""
+        return PaddedTrees(*(column[:batch_size] for column in self))
+
+
+class StepRows(NamedTuple):
+    """Which rows of a step are whose, and where the walks ended."""
+
+    slots: torch.Tensor  # [num_requests] int32: the requests', which do not change while they are served
+    cu_num_logits: torch.Tensor  # [num_requests + 1] int32: where a request's rows of logits begin
+    logits_indices: torch.Tensor  # [num_logits] int: the rows of the batch that have logits
+    positions: torch.Tensor  # [max_num_rows] int64: of the rows of the batch, the depth counted and not the slot
+    num_sampled: torch.Tensor  # [num_requests] int32: tokens emitted; 0 in the middle of a prompt
+    nodes: torch.Tensor | None  # [num_requests, 1 + N] int64: the walks; None where no request had a tree
+
+
+class RequestStates(NamedTuple):
+    """What a draft depends on besides hidden states, by slot."""
+
+    last_sampled: torch.Tensor  # [max_num_requests, 1] int64: the tokens emitted last
+    temperatures: torch.Tensor  # [max_num_requests] fp32
+    seeds: torch.Tensor  # [max_num_requests] int64
+    is_linear: torch.Tensor  # [max_num_requests] int32: requests that get chains
+    is_foreseen: torch.Tensor  # [max_num_requests] int32: requests whose noise drafts may know
+
+
+class DraftStarts(NamedTuple):
+    """What a draft reads, by request of the batch, in memory that stays."""
+
+    hidden: torch.Tensor  # [batch, input_size]: the target's last hidden state, and what left the fused layers
+    init_ids: torch.Tensor  # [batch] int64: the trees' roots
+    is_linear: torch.Tensor  # [batch] bool: requests that get the best path alone
+    positions: torch.Tensor  # [batch] int64: the roots'
+    temperatures: torch.Tensor  # [batch] fp32: 0 also where the noise is not known
+    seeds: torch.Tensor  # [batch] int64
+
+    @classmethod
+    def zeros(cls, batch_size: int, input_size: int, dtype: torch.dtype, device: torch.device) -> DraftStarts:
+        """Return memory for so many requests."""
+        kinds = (torch.int64, torch.bool, torch.int64, torch.float32, torch.int64)
+        columns = (torch.zeros(batch_size, dtype=kind, device=device) for kind in kinds)
+        return cls(torch.zeros(batch_size, input_size, dtype=dtype, device=device), *columns)
+
+    def first(self, batch_size: int) -> DraftStarts:
+        """Return those of the first requests."""
+        return DraftStarts(*(column[:batch_size] for column in self))
 
 
 class AttentionOptions(NamedTuple):

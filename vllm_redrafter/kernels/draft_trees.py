@@ -26,26 +26,25 @@ def draft_trees(
     init_ids: torch.Tensor,  # [batch] int64: the roots' tokens
     candidates: Candidates,  # no two of a row of the same prefix, and none more probable than what it continues
     is_linear: torch.Tensor,  # [batch] bool: requests that get the best path alone
-    num_nodes: int,
-) -> PaddedTrees:
-    """Return the trees of the `num_nodes` most probable candidates, without waiting for the device.
+    out: PaddedTrees,
+) -> None:
+    """Write the trees of the N most probable candidates to `out`, without waiting for the device.
 
     Raises:
         ValueError: the number of nodes is out of range, or tensors are of different batches or not contiguous.
     """
-    launch = plan(init_ids, candidates, is_linear, num_nodes)
-    launch.run()
-    return PaddedTrees(*(launch.arguments[f"out_{name}"] for name in PaddedTrees._fields))
+    plan(init_ids, candidates, is_linear, out).run()
 
 
-def plan(init_ids: torch.Tensor, candidates: Candidates, is_linear: torch.Tensor, num_nodes: int) -> Launch:
+def plan(init_ids: torch.Tensor, candidates: Candidates, is_linear: torch.Tensor, out: PaddedTrees) -> Launch:
     """Return the launch of `draft_trees`."""
+    num_nodes = out.parents.shape[1] - 1
     check_num_nodes(num_nodes)
     batch_size, num_candidates = candidates.log_probs.shape
-    inputs = (init_ids, *candidates, is_linear)
-    if [len(tensor) for tensor in inputs] != [batch_size] * len(inputs) or not all(map(_is_contiguous, inputs)):
+    tensors = (init_ids, *candidates, is_linear, *out)
+    if [len(tensor) for tensor in tensors] != [batch_size] * len(tensors) or not all(map(_is_contiguous, tensors)):
         raise ValueError(
-            f"init_ids, candidates and is_linear are of {[tuple(tensor.shape) for tensor in inputs]}, or not "
+            f"init_ids, candidates, is_linear and out are of {[tuple(tensor.shape) for tensor in tensors]}, or not "
             "contiguous: pass contiguous tensors of one batch"
         )
     padded_rows = triton.next_power_of_2(1 + num_nodes)
@@ -58,10 +57,7 @@ def plan(init_ids: torch.Tensor, candidates: Candidates, is_linear: torch.Tensor
             "parents": candidates.parents,
             "log_probs": candidates.log_probs,
             "is_linear": is_linear,
-            **{
-                f"out_{name}": init_ids.new_empty(batch_size, 1 + num_nodes, dtype=torch.int64)
-                for name in PaddedTrees._fields
-            },
+            **{f"out_{name}": tensor for name, tensor in out._asdict().items()},
             "num_candidates": num_candidates,
             "num_nodes": num_nodes,
             "PADDED_CANDIDATES": triton.next_power_of_2(num_candidates),

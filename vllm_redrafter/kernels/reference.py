@@ -8,7 +8,15 @@ from torch.nn import functional
 from vllm_redrafter.core import token_tree
 from vllm_redrafter.core.acceptance import Walk
 from vllm_redrafter.core.beam_search import Candidates, Continuations, with_noise
-from vllm_redrafter.kernels.batch import AttentionOptions, PaddedTrees, TreeBatch
+from vllm_redrafter.kernels.batch import (
+    COUNTED,
+    AttentionOptions,
+    DraftStarts,
+    PaddedTrees,
+    RequestStates,
+    StepRows,
+    TreeBatch,
+)
 from vllm_redrafter.kernels.caches import LayerCaches
 
 
@@ -119,10 +127,11 @@ def best_continuations(
 def draft_trees(
     init_ids: torch.Tensor,  # [batch]: the roots' tokens
     candidates: Candidates,
-    is_linear: torch.Tensor,  # [batch]: requests that get the best path alone
-    num_nodes: int,
-) -> PaddedTrees:
-    """Return the trees of the `num_nodes` most probable candidates."""
+    is_linear: torch.Tensor,  # [batch] bool: requests that get the best path alone
+    out: PaddedTrees,
+) -> None:
+    """Write the trees of the N most probable candidates to `out`."""
+    num_nodes = out.parents.shape[1] - 1
     tree = token_tree.best_nodes(init_ids, candidates, num_nodes)
     # the first path of a depth-first layout is the best one
     follows = tree.parents == torch.arange(-1, tree.parents.shape[1] - 1, device=init_ids.device)
@@ -134,32 +143,103 @@ def draft_trees(
         wide = functional.pad(values, (0, 1 + num_nodes - values.shape[1]))
         return wide.masked_fill(is_padding, padding)
 
-    return PaddedTrees(
-        torch.where(is_padding, init_ids[:, None], padded(tree.token_ids, 0)),
-        padded(tree.parents, -1),
-        padded(tree.depths, 0),
-        padded(tree.ancestors, 0),
-    )
+    out.token_ids.copy_(torch.where(is_padding, init_ids[:, None], padded(tree.token_ids, 0)))
+    out.parents.copy_(padded(tree.parents, -1))
+    out.depths.copy_(padded(tree.depths, 0))
+    out.ancestors.copy_(padded(tree.ancestors, 0))
+
+
+def store_trees(
+    trees: PaddedTrees,  # of a batch
+    slots: torch.Tensor,  # [batch]
+    num_sampled: torch.Tensor,  # [batch]: 0 where a request is in the middle of its prompt, and has no tree
+    kept: PaddedTrees,  # by slot; tokens are not kept
+) -> None:
+    """Write what the nodes of trees are to each other to their slots, or the root alone."""
+    is_drafted = (num_sampled > 0)[:, None]
+    is_root = torch.arange(trees.parents.shape[1], device=slots.device) == 0
+    kept.parents[slots] = trees.parents.masked_fill(~is_drafted, -1)
+    kept.depths[slots] = trees.depths.masked_fill(~is_drafted, 0)
+    kept.ancestors[slots] = trees.ancestors.masked_fill(~(is_drafted | is_root), 0)
+
+
+def tree_positions(
+    slots: torch.Tensor,  # [num_logits]: whose every row of logits is
+    nodes: torch.Tensor,  # [num_logits]: which of its request's rows it is
+    logits_indices: torch.Tensor,  # [num_logits]: the row of the batch
+    depths: torch.Tensor,  # [max_num_requests, 1 + N]: of the trees, by slot
+    positions: torch.Tensor,  # [num_rows]: those of slots; changed
+) -> None:
+    """Let the rows of trees have the positions of their depths."""
+    positions[logits_indices] += depths[slots, nodes] - nodes
+
+
+def draft_starts(
+    hidden: torch.Tensor,  # [num_rows, hidden_size]: the target's last hidden states
+    layer_outputs: torch.Tensor | None,  # [>= num_rows, layers * hidden_size]: what left the fused layers
+    rows: StepRows,
+    states: RequestStates,
+    as_chains: bool,  # whether all requests get chains
+    out: DraftStarts,
+) -> None:
+    """Write what the next drafts start from, at the last node that every walk accepted."""
+    last = rows.logits_indices[rows.cu_num_logits[:-1]].long()
+    if rows.nodes is not None:
+        last = last + rows.nodes.gather(1, (rows.num_sampled - 1).clamp(min=0).long()[:, None])[:, 0]
+    seen = [hidden] if layer_outputs is None else [hidden, layer_outputs]
+    out.hidden.copy_(torch.cat([outputs[last] for outputs in seen], dim=1))
+    out.init_ids.copy_(states.last_sampled[rows.slots, 0])
+    out.is_linear.copy_((states.is_linear[rows.slots] != 0) | as_chains)
+    out.positions.copy_(rows.positions[last] + 1)
+    out.temperatures.copy_(states.temperatures[rows.slots] * states.is_foreseen[rows.slots])
+    out.seeds.copy_(states.seeds[rows.slots])
 
 
 def verify_walk(
-    token_ids: torch.Tensor,  # [num_requests, 1 + N]
-    parents: torch.Tensor,  # [num_requests, 1 + N]
-    cu_num_logits: torch.Tensor,  # [num_requests + 1]: where a request's rows begin among the choices
+    token_ids: torch.Tensor,  # [num_rows]: the nodes' tokens, tree by tree
+    parents: torch.Tensor,  # [max_num_requests, 1 + N]: of the trees, by slot
+    slots: torch.Tensor,  # [num_requests]: where a request's tree is
+    cu_num_logits: torch.Tensor,  # [num_requests + 1]: where a request's rows begin
     choices: torch.Tensor,  # [num_rows]: the target's token after every row
 ) -> Walk:
     """Return the walk of every request, [num_requests, 1 + N] wide."""
-    walked_tokens = torch.full_like(token_ids, -1, dtype=torch.int64)
+    walked_tokens = torch.full_like(parents[slots], -1)
     walked_nodes = torch.full_like(walked_tokens, -1)
     for request, (first_row, end_row) in enumerate(zip(cu_num_logits[:-1].tolist(), cu_num_logits[1:], strict=True)):
-        chosen = choices[first_row:end_row]
-        drafted, parent = token_ids[request, : len(chosen)], parents[request, : len(chosen)]
+        chosen, drafted = choices[first_row:end_row], token_ids[first_row:end_row]
+        parent = parents[slots[request], : len(chosen)]
         node, depth = 0, 0
         while node < len(chosen):
             walked_tokens[request, depth], walked_nodes[request, depth] = chosen[node], node
             children = ((parent == node) & (drafted == chosen[node])).nonzero()[:, 0].tolist()
             node, depth = min(children, default=len(chosen)), depth + 1
-    return Walk(walked_tokens, walked_nodes, (walked_tokens >= 0).sum(dim=1) - 1)
+    return Walk(walked_tokens, walked_nodes, (walked_tokens >= 0).sum(dim=1, dtype=torch.int32) - 1)
+
+
+def count_walks(
+    nodes: torch.Tensor,  # [num_requests, 1 + N]: the walks, -1 behind their ends
+    parents: torch.Tensor,  # [max_num_requests, 1 + N]: of the trees, by slot; -1 at roots and in padding
+    slots: torch.Tensor,  # [num_requests]
+    cu_num_logits: torch.Tensor,  # [num_requests + 1]: where a request's rows begin
+    sums: torch.Tensor,  # [len(COUNTED) + N] int64: changed
+) -> None:
+    """Add what the walks of one step did: what `COUNTED` says, then walks that came so deep, by depth."""
+    parents = parents[slots]
+    node = torch.arange(nodes.shape[1], device=nodes.device)
+    is_node = parents >= 0
+    is_verified = is_node & (node < cu_num_logits.diff()[:, None])
+    is_draft = is_verified.any(dim=1)
+    is_moved = (nodes > node).any(dim=1)
+    counted = {
+        "num_drafts": is_draft,
+        "num_draft_tokens": is_verified,
+        "num_branching_trees": (is_verified & (parents != node - 1)).any(dim=1),
+        "num_truncated_trees": is_draft & (is_node & ~is_verified).any(dim=1),
+        "num_branch_acceptances": is_moved,
+        "num_commits": is_moved.any(),
+    }
+    sums[: len(COUNTED)] += torch.stack([counted[name].sum() for name in COUNTED])
+    sums[len(COUNTED) :] += (nodes[:, 1:] >= 0).sum(dim=0)
 
 
 def _gumbel(

@@ -43,17 +43,18 @@ def target_tokens(
 
 
 def verify_walk(
-    token_ids: torch.Tensor,  # [num_requests, 1 + N]: the tree's, as in `TokenTree`
-    parents: torch.Tensor,  # [num_requests, 1 + N]
-    cu_num_logits: torch.Tensor,  # [num_requests + 1] int32: where a request's rows begin among the choices
+    token_ids: torch.Tensor,  # [num_rows]: the nodes' tokens, tree by tree
+    parents: torch.Tensor,  # [max_num_requests, 1 + N] int64: of the trees, by slot
+    slots: torch.Tensor,  # [num_requests] int32: where a request's tree is
+    cu_num_logits: torch.Tensor,  # [num_requests + 1] int32: where a request's rows begin
     choices: torch.Tensor,  # [num_rows] int64: the target's token after every row
 ) -> Walk:
     """Return the walk of every request, [num_requests, 1 + N] wide, without waiting for the device.
 
     A tree whose end was cut off is walked as far as it has rows. A request without rows emits nothing: -1 everywhere,
-    in `num_accepted` too.
+    in `num_accepted` too, which is int32.
     """
-    launch = plan_walk(token_ids, parents, cu_num_logits, choices)
+    launch = plan_walk(token_ids, parents, slots, cu_num_logits, choices)
     launch.run()
     return Walk(*(launch.arguments[name] for name in ("out_token_ids", "out_nodes", "out_num_accepted")))
 
@@ -90,22 +91,26 @@ def plan_draw(
 
 
 def plan_walk(
-    token_ids: torch.Tensor, parents: torch.Tensor, cu_num_logits: torch.Tensor, choices: torch.Tensor
+    token_ids: torch.Tensor,
+    parents: torch.Tensor,
+    slots: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    choices: torch.Tensor,
 ) -> Launch:
     """Return the launch of `verify_walk`."""
-    num_requests, max_rows = token_ids.shape
+    num_requests, max_rows = len(slots), parents.shape[1]
     return Launch(
         _walk_kernel,
         (num_requests,),
         {
             "token_ids": token_ids,
             "parents": parents,
+            "slots": slots,
             "cu_num_logits": cu_num_logits,
             "choices": choices,
             "out_token_ids": choices.new_empty(num_requests, max_rows),
             "out_nodes": choices.new_empty(num_requests, max_rows),
-            "out_num_accepted": choices.new_empty(num_requests),
-            "token_ids_stride": token_ids.stride(0),
+            "out_num_accepted": choices.new_empty(num_requests, dtype=torch.int32),
             "parents_stride": parents.stride(0),
             "MAX_ROWS": max_rows,
             "PADDED_ROWS": triton.next_power_of_2(max_rows),
@@ -147,23 +152,24 @@ def _draw_kernel(
 def _walk_kernel(
     token_ids,
     parents,
+    slots,
     cu_num_logits,
     choices,
     out_token_ids,
     out_nodes,
     out_num_accepted,
-    token_ids_stride,
     parents_stride,
     MAX_ROWS: tl.constexpr,
     PADDED_ROWS: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + request).to(tl.int64)
     first_row = tl.load(cu_num_logits + request).to(tl.int64)
     num_rows = tl.load(cu_num_logits + request + 1) - first_row
     row = tl.arange(0, PADDED_ROWS)
     exists = (row < num_rows) & (row < MAX_ROWS)
-    drafted = tl.load(token_ids + request * token_ids_stride + row, mask=exists, other=-1)
-    parent = tl.load(parents + request * parents_stride + row, mask=exists, other=-1)
+    drafted = tl.load(token_ids + first_row + row, mask=exists, other=-1)
+    parent = tl.load(parents + slot * parents_stride + row, mask=exists, other=-1)
     choice = tl.load(choices + first_row + row, mask=exists, other=-1)
 
     walked_tokens = tl.full([PADDED_ROWS], -1, dtype=tl.int64)
@@ -180,4 +186,4 @@ def _walk_kernel(
     in_row = row < MAX_ROWS
     tl.store(out_token_ids + request * MAX_ROWS + row, walked_tokens, mask=in_row)
     tl.store(out_nodes + request * MAX_ROWS + row, walked_nodes, mask=in_row)
-    tl.store(out_num_accepted + request, num_tokens.to(tl.int64) - 1)
+    tl.store(out_num_accepted + request, num_tokens - 1)

@@ -9,7 +9,7 @@ from vllm_redrafter.core import beam_search, token_tree
 from vllm_redrafter.core.beam_search import BeamShape
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
-from vllm_redrafter.kernels.batch import PaddedTrees
+from vllm_redrafter.kernels.batch import DraftStarts, PaddedTrees
 
 HIDDEN, VOCAB, BATCH = 16, 24, 5
 
@@ -34,8 +34,11 @@ def drafted(
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(BATCH, HIDDEN, generator=generator)
     init_ids = torch.randint(VOCAB, (BATCH,), generator=generator)
-    is_linear = torch.tensor([row in linear for row in range(BATCH)])
-    trees = draft(drafter, EMBED, hidden, init_ids, is_linear, shape, num_nodes)
+    starts = DraftStarts.zeros(BATCH, HIDDEN, torch.float32, torch.device("cpu"))._replace(
+        hidden=hidden, init_ids=init_ids, is_linear=torch.tensor([row in linear for row in range(BATCH)])
+    )
+    trees = PaddedTrees.zeros(BATCH, num_nodes, torch.device("cpu"))
+    draft(drafter, EMBED, starts, shape, trees)
     num_candidates = num_nodes if shape.width > 1 else 1
     candidates = beam_search.search(
         drafter, EMBED, hidden, init_ids, shape, num_candidates, sharpness=beam_search.SHARPNESS

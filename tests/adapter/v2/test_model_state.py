@@ -32,12 +32,12 @@ def state(monkeypatch: pytest.MonkeyPatch) -> TreeModelState:
     made.ancestors = torch.zeros_like(made.trees.ancestors)
     made.caches = []
     fork_and_chain = PaddedTrees(
-        torch.empty(2, 3),
+        torch.zeros(2, 3, dtype=torch.int64),
         torch.tensor([[-1, 0, 0], [-1, 0, 1]]),
         torch.tensor([[0, 1, 1], [0, 1, 2]]),
         torch.tensor([[1, 3, 5], [1, 3, 7]]),
     )
-    made.trees.store(torch.tensor([1, 3]), fork_and_chain, torch.tensor([True, True]))
+    made.trees.store(torch.tensor([1, 3]), fork_and_chain, torch.tensor([1, 1]))
     return made
 
 

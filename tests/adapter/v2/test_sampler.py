@@ -92,7 +92,7 @@ def tree_sampler(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         torch.tensor([[0, 1, 1], [0, 1, 2]]),
         torch.tensor([[1, 3, 5], [1, 3, 7]]),
     )
-    trees.store(torch.tensor([2, 1]), fork_and_chain, torch.tensor([True, True]))
+    trees.store(torch.tensor([2, 1]), fork_and_chain, torch.tensor([1, 1]))
     logprobs_dims = getattr(request, "param", None)
     return TreeSampler(StockSampler(logprobs_dims), trees, Step(), torch.arange(100, 120))
 

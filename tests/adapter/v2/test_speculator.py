@@ -19,7 +19,7 @@ from vllm_redrafter.core.beam_search import best_continuations
 from vllm_redrafter.core.config import ReDrafterConfig
 from vllm_redrafter.core.drafter import ReDrafter
 from vllm_redrafter.kernels import reference
-from vllm_redrafter.kernels.batch import PaddedTrees
+from vllm_redrafter.kernels.batch import DraftStarts, PaddedTrees
 
 HIDDEN, VOCAB, MAX_REQUESTS, NUM_NODES = 16, 24, 4, 6
 SEEDS = torch.tensor([7, 1 << 40, -5, 123456789])
@@ -71,13 +71,8 @@ def speculator_with(graphs: Graphs, fused_layers: list[int] | None = None) -> Tr
     speculator.drafted_ids = torch.arange(VOCAB)
     speculator.choose = best_continuations
     speculator.cudagraph_manager = graphs
-    speculator._hidden = torch.zeros(MAX_REQUESTS, config.input_size)
-    speculator._init_ids = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
-    speculator._as_chain = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
-    speculator._positions = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
-    speculator._temperatures = torch.zeros(MAX_REQUESTS)
-    speculator._seeds = torch.zeros(MAX_REQUESTS, dtype=torch.int64)
-    speculator._drafted = PaddedTrees(*(torch.zeros_like(speculator.trees.parents) for _ in PaddedTrees._fields))
+    speculator._starts = DraftStarts.zeros(MAX_REQUESTS, config.input_size, torch.float32, torch.device("cpu"))
+    speculator._drafted = PaddedTrees.zeros(MAX_REQUESTS, NUM_NODES, torch.device("cpu"))
     return speculator
 
 
@@ -108,8 +103,8 @@ def test_a_replayed_graph_drafts_what_eager_code_drafts() -> None:
 
     for slots in ([3], [2, 0], [1, 3, 0], [0, 1, 2, 3]):
         assert torch.equal(propose(captured, slots), propose(eager, slots))
-        for ours, theirs in zip(vars(captured.trees).values(), vars(eager.trees).values(), strict=True):
-            assert torch.equal(ours, theirs)
+        for name in ("parents", "depths", "ancestors"):
+            assert torch.equal(getattr(captured.trees, name), getattr(eager.trees, name))
     assert graphs.num_replays == 4
 
 
@@ -156,7 +151,7 @@ def test_a_drafter_with_fused_layers_is_handed_their_outputs_in_the_same_rows() 
         return propose(speculator, [0, 2], torch.tensor([[0, 1], [0, -1]]), num_sampled=[2, 1])
 
     drafts = drafts_of(captured)
-    assert torch.equal(captured._hidden[:2, HIDDEN:], outputs.rows[[1, 2]])
+    assert torch.equal(captured._starts.hidden[:2, HIDDEN:], outputs.rows[[1, 2]])
     assert torch.equal(drafts, drafts_of(eager))
     outputs.rows[[0, 1]] *= -1
     others = drafts_of(captured)
@@ -214,11 +209,11 @@ def test_a_target_with_a_model_state_of_its_own_is_refused() -> None:
 
 def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() -> None:
     speculator = speculator_with(Graphs())
-    read: list[torch.Tensor] = []
+    read: list[DraftStarts] = []
 
-    def watched(drafter: Any, embed: Any, hidden: torch.Tensor, init_ids: torch.Tensor, *how: Any) -> PaddedTrees:
-        read[:] = hidden.clone(), init_ids.clone()
-        return drafting.draft(drafter, embed, hidden, init_ids, *how)
+    def watched(drafter: Any, embed: Any, starts: DraftStarts, *how: Any) -> None:
+        read[:] = [DraftStarts(*(column.clone() for column in starts))]
+        drafting.draft(drafter, embed, starts, *how)
 
     # request 2 accepted the node in its second row, so its root stands one further
     slots, nodes, num_sampled = [1, 2, 3, 0], torch.tensor([[0, -1], [0, 1], [0, -1], [0, -1]]), [1, 2, 1, 1]
@@ -232,9 +227,10 @@ def test_drafts_are_those_of_the_noise_with_which_the_next_tokens_are_drawn() ->
     def noise(depth: int) -> torch.Tensor:
         return reference.sampling_noise(roots + depth, temperatures, SEEDS[slots], torch.arange(VOCAB))
 
-    is_linear = torch.tensor([True, False, False, False])
-    shape = speculator.options.shape
-    expected = drafting.draft(speculator.model, speculator.embed, *read, is_linear, shape, NUM_NODES, noise)
+    [starts] = read
+    assert starts.is_linear.tolist() == [True, False, False, False]
+    expected = PaddedTrees.zeros(4, NUM_NODES, torch.device("cpu"))
+    drafting.draft(speculator.model, speculator.embed, starts, speculator.options.shape, expected, noise)
     assert torch.equal(drafts, expected.token_ids[:, 1:])
     same = [torch.equal(*rows) for rows in zip(drafts, blind, strict=True)]
     assert same == [False, False, True, True], "the last two are not foreseen, and greedy"

@@ -18,8 +18,8 @@ def test_walks_are_counted_by_what_they_verified_and_accepted() -> None:
     )
     nodes = torch.tensor([[0, 1, -1, -1], [0, 2, 3, -1], [0, 1, 2, -1], [0, -1, -1, -1], [0, -1, -1, -1]])
 
-    counts.add(nodes, parents, torch.tensor([0, 4, 8, 11, 15, 16]))
-    counts.add(nodes[3:], parents[3:], torch.tensor([0, 4, 5]))
+    counts.add(nodes, parents.flip(0), torch.tensor([4, 3, 2, 1, 0]), torch.tensor([0, 4, 8, 11, 15, 16]))
+    counts.add(nodes[3:], parents, torch.tensor([3, 4]), torch.tensor([0, 4, 5]))
 
     assert counts.describe() == {
         "num_steps": 5,

@@ -83,7 +83,7 @@ def keep_hidden_states_where_no_graph_looks() -> Iterator[None]:
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def propose(self: Any, *arguments: Any, **more: Any) -> Any:
-            self._hidden = torch.zeros_like(self._hidden)
+            self._starts = self._starts._replace(hidden=torch.zeros_like(self._starts.hidden))
             return original(self, *arguments, **more)
 
         return propose
@@ -125,7 +125,7 @@ def expect_the_states_of_training() -> Iterator[None]:
                     model = AutoModelForCausalLM.from_pretrained(self.vllm_config.model_config.model)
                     targets.append(FrozenTarget(model))
                 text = states[0].all_token_ids.gpu[slot, : states[0].total_len.gpu[slot]].tolist()
-                assert_state_of_training(self._hidden[request], targets[0], text, self.options.fused_layers)
+                assert_state_of_training(self._starts.hidden[request], targets[0], text, self.options.fused_layers)
                 num_checked += 1
             return drafts
 
@@ -145,13 +145,13 @@ def draft_from_last_states_alone() -> Iterator[None]:
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def gather(self: Any, *arguments: Any) -> None:
-            original(self, *arguments)
-            self._hidden[:, self.hidden_size :] = 0
+        def run(self: Any, num_requests: int) -> None:
+            self._starts.hidden[:, self.hidden_size :] = 0
+            original(self, num_requests)
 
-        return gather
+        return run
 
-    with replaced(TreeSpeculator, "_gather_hidden", wrap):
+    with replaced(TreeSpeculator, "_run_draft", wrap):
         yield
 
 
@@ -160,8 +160,8 @@ def draft_without_foresight() -> Iterator[None]:
     """Do not tell drafts what sampling will add."""
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
 
-    def silent(self: Any, num_requests: int, depth: int) -> torch.Tensor:
-        return torch.zeros(num_requests, len(self.drafted_ids))
+    def silent(self: Any, starts: Any, depth: int) -> torch.Tensor:
+        return torch.zeros(len(starts.seeds), len(self.drafted_ids))
 
     with replaced(TreeSpeculator, "_noise", lambda original: silent):
         yield
@@ -261,7 +261,7 @@ def forbid_moving() -> Iterator[None]:
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         def postprocess(self: Any, *arguments: Any, **more: Any) -> Any:
-            for owner in (self, self.speculator, self.trees, *self.step.trees):
+            for owner in (self, self.speculator, self.speculator._starts, self.trees, *self.step.trees):
                 owned = owner._asdict() if isinstance(owner, tuple) else vars(owner)
                 for name, tensor in owned.items():
                     if isinstance(tensor, torch.Tensor):
@@ -273,7 +273,8 @@ def forbid_moving() -> Iterator[None]:
     with replaced(TreeModelState, "postprocess_state", wrap):
         yield
     moved = [name for name, found in places.items() if len(found) != 1]
-    assert {"TreeBatch.ancestors", "TreeModelState.positions", "TreeBuffers.parents"} <= places.keys()
+    expected = {"TreeBatch.ancestors", "TreeModelState.positions", "TreeBuffers.parents", "DraftStarts.hidden"}
+    assert expected <= places.keys()
     assert not moved, f"{moved} moved"
 
 

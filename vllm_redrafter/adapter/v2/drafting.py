@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import torch
-
 from vllm_redrafter import kernels
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Choose, Noise
 from vllm_redrafter.core.drafter import Embed, ReDrafter
-from vllm_redrafter.kernels.batch import PaddedTrees
+from vllm_redrafter.kernels.batch import DraftStarts, PaddedTrees
 
 
 def draft(
     drafter: ReDrafter,
     embed: Embed,
-    hidden: torch.Tensor,  # [batch, hidden_size]
-    init_ids: torch.Tensor,  # [batch]
-    is_linear: torch.Tensor,  # [batch] bool: requests that get the best path alone
+    starts: DraftStarts,
     shape: BeamShape,
-    num_nodes: int,
+    out: PaddedTrees,
     noise: Noise | None = None,
     choose: Choose | None = None,
-) -> PaddedTrees:
-    """Return the trees of the `num_nodes` most probable continuations.
+) -> None:
+    """Write the trees of the N most probable continuations to `out`.
 
     Every request gets exactly so many nodes, padding included.
 
@@ -30,15 +26,16 @@ def draft(
         noise: that of what sampling will draw.
         choose: what finds the best continuations at a depth; the kernel by default.
     """
+    num_nodes = out.parents.shape[1] - 1
     candidates = beam_search.search(
         drafter,
         embed,
-        hidden,
-        init_ids,
+        starts.hidden,
+        starts.init_ids,
         shape,
         num_candidates=num_nodes if shape.width > 1 else 1,
         sharpness=SHARPNESS,
         noise=noise,
         choose=choose or kernels.backend().best_continuations,
     )
-    return kernels.backend().draft_trees(init_ids, candidates, is_linear, num_nodes)
+    kernels.backend().draft_trees(starts.init_ids, candidates, starts.is_linear, out)

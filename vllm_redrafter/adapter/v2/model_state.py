@@ -124,9 +124,13 @@ class TreeModelState(DefaultModelState):
             lora.spread(self.adapters, input_batch)
         positions = self.positions[: input_batch.num_tokens_after_padding]
         positions.copy_(input_batch.positions)
-        rows, node = input_batch.logits_indices, input_batch.expanded_local_pos
-        depths = self.trees.depths[input_batch.expanded_idx_mapping, node]
-        positions[rows] = input_batch.positions[rows] - node + depths
+        kernels.backend().tree_positions(
+            input_batch.expanded_idx_mapping,
+            input_batch.expanded_local_pos,
+            input_batch.logits_indices,
+            self.trees.depths,
+            positions,
+        )
         return {**inputs, "positions": positions}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:

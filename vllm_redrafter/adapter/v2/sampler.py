@@ -56,22 +56,21 @@ class TreeSampler:
         choices, processed = self._draw(logits, input_batch, drafted, logprobs_dims is not None)
         if invalid_drafts is not None:
             drafted = drafted.masked_fill(invalid_drafts, -1)
-        rows = self._rows(input_batch)
-        parents = self.trees.parents[input_batch.idx_mapping]
-        walk = kernels.backend().verify_walk(drafted[rows], parents, input_batch.cu_num_logits, choices)
+        trees = (self.trees.parents, input_batch.idx_mapping, input_batch.cu_num_logits)
+        walk = kernels.backend().verify_walk(drafted, *trees, choices)
         self.step.nodes = walk.nodes
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            (walk.num_accepted + 1).int(),
+            walk.num_accepted + 1,
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
             self.sampler.req_states.prefill_len.gpu,
         )
-        self.counts.add(walk.nodes, parents, input_batch.cu_num_logits)
+        self.counts.add(walk.nodes, *trees)
         logprobs = None
         if logprobs_dims is not None:
             shown = processed if self.sampler.logprobs_mode.startswith("processed") else logits
-            logprobs = self._logprobs(shown, walk, rows, input_batch, logprobs_dims)
+            logprobs = self._logprobs(shown, walk, input_batch, logprobs_dims)
         return SamplerOutput(
             sampled_token_ids=walk.token_ids,
             logprobs_tensors=logprobs,
@@ -122,7 +121,6 @@ class TreeSampler:
         self,
         logits: torch.Tensor,  # [num_logits, vocab_size]
         walk: Walk,
-        rows: torch.Tensor,  # [num_reqs, 1 + N]
         input_batch: Any,
         dims: tuple[int, int],
     ) -> LogprobsTensors:
@@ -132,6 +130,7 @@ class TreeSampler:
             dims: how many of the best tokens are shown, and of those that a request has named.
         """
         num_logprobs, num_named = dims
+        rows = self._rows(input_batch)
         is_emitted = walk.nodes >= 0
         source_rows = rows.gather(1, walk.nodes.clamp(min=0))
         # what was not emitted goes to one row more than there are

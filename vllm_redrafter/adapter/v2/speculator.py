@@ -30,7 +30,7 @@ from vllm_redrafter.adapter.v2.step import Step
 from vllm_redrafter.adapter.v2.tree_buffers import TreeBuffers
 from vllm_redrafter.core.beam_search import Choose
 from vllm_redrafter.core.drafter import Embed, ReDrafter
-from vllm_redrafter.kernels.batch import PaddedTrees
+from vllm_redrafter.kernels.batch import DraftStarts, PaddedTrees, RequestStates, StepRows
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -59,13 +59,8 @@ class TreeSpeculator(DraftModelSpeculator):
         self.cudagraph_manager: CudaGraphManager | None = None
         # what a draft reads and writes, in the order of the batch
         input_size = (1 + len(self.options.layers_handed_out)) * self.hidden_size
-        self._hidden = torch.zeros(self.max_num_reqs, input_size, dtype=self.dtype, device=device)
-        self._init_ids = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
-        self._as_chain = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        self._positions = torch.zeros_like(self._init_ids)
-        self._temperatures = torch.zeros(self.max_num_reqs, dtype=torch.float32, device=device)
-        self._seeds = torch.zeros_like(self._init_ids)
-        self._drafted = PaddedTrees(*(torch.zeros_like(self.trees.parents) for _ in PaddedTrees._fields))
+        self._starts = DraftStarts.zeros(self.max_num_reqs, input_size, self.dtype, device)
+        self._drafted = PaddedTrees.zeros(self.max_num_reqs, num_nodes, device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         """Return the drafter, and name the model state that verifies its trees to vLLM."""
@@ -145,49 +140,30 @@ class TreeSpeculator(DraftModelSpeculator):
         num_requests, slots = input_batch.num_reqs, input_batch.idx_mapping
         if num_speculative_tokens == 0:
             return self._drafted.token_ids[:num_requests, 1:]
-        rows = input_batch.logits_indices[input_batch.cu_num_logits[:-1]]
-        if self.step.nodes is not None:
-            last = (num_sampled - 1).clamp(min=0).long()
-            rows = rows + self.step.nodes.gather(1, last[:, None])[:, 0]
-        self._gather_hidden(last_hidden_states, rows)
-        torch.index_select(last_sampled[:, 0], 0, slots, out=self._init_ids[:num_requests])
-        self._look_ahead(num_requests, slots, rows, temperature, seeds)
-        torch.index_select(self.is_linear.gpu, 0, slots, out=self._as_chain[:num_requests])
-        if self.drafts_chains_only:
-            self._as_chain.fill_(1)
-
+        assert self.step.positions is not None
+        rows = StepRows(
+            slots,
+            input_batch.cu_num_logits,
+            input_batch.logits_indices,
+            self.step.positions,
+            num_sampled,
+            self.step.nodes,
+        )
+        states = RequestStates(last_sampled, temperature, seeds, self.is_linear.gpu, self.is_foreseen.gpu)
+        outputs = None if self.layer_outputs is None else self.layer_outputs.rows
+        kernels.backend().draft_starts(
+            last_hidden_states, outputs, rows, states, self.drafts_chains_only, self._starts.first(num_requests)
+        )
         self._run_draft(num_requests)
-        drafted = PaddedTrees(*(column[:num_requests] for column in self._drafted))
+        drafted = self._drafted.first(num_requests)
         if not dummy_run:
-            self.trees.store(slots, drafted, num_sampled > 0)
+            self.trees.store(slots, drafted, num_sampled)
         return drafted.token_ids[:, 1:]
 
-    def _gather_hidden(self, last_hidden_states: torch.Tensor, rows: torch.Tensor) -> None:  # [num_requests]
-        """Copy what the drafter is handed of these rows: the last hidden state, and what left the layers it fuses."""
-        hidden = self._hidden[: len(rows)]
-        torch.index_select(last_hidden_states, 0, rows, out=hidden[:, : self.hidden_size])
-        if self.layer_outputs is not None:
-            torch.index_select(self.layer_outputs.rows, 0, rows, out=hidden[:, self.hidden_size :])
-
-    def _look_ahead(
-        self,
-        num_requests: int,
-        slots: torch.Tensor,  # [num_requests]
-        rows: torch.Tensor,  # [num_requests]: those before the next roots
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-    ) -> None:
-        """Note what the noise of the next step depends on."""
-        assert self.step.positions is not None
-        torch.add(self.step.positions[rows], 1, out=self._positions[:num_requests])
-        torch.index_select(seeds, 0, slots, out=self._seeds[:num_requests])
-        torch.mul(temperature[slots], self.is_foreseen.gpu[slots], out=self._temperatures[:num_requests])
-
-    def _noise(self, num_requests: int, depth: int) -> torch.Tensor:
+    def _noise(self, starts: DraftStarts, depth: int) -> torch.Tensor:
         """Return the noise of the draws at a depth, [num_requests, rows]."""
-        requests = slice(num_requests)
         return kernels.backend().sampling_noise(
-            self._positions[requests] + depth, self._temperatures[requests], self._seeds[requests], self.drafted_ids
+            starts.positions + depth, starts.temperatures, starts.seeds, self.drafted_ids
         )
 
     def _run_draft(self, num_requests: int) -> None:
@@ -202,16 +178,5 @@ class TreeSpeculator(DraftModelSpeculator):
 
     def _draft(self, num_requests: int) -> None:
         """Fill the first rows of `_drafted`."""
-        trees = draft(
-            self.model,
-            self.embed,
-            self._hidden[:num_requests],
-            self._init_ids[:num_requests],
-            self._as_chain[:num_requests].bool(),
-            self.options.shape,
-            self.options.num_speculative_tokens,
-            partial(self._noise, num_requests),
-            self.choose,
-        )
-        for column, values in zip(self._drafted, trees, strict=True):
-            column[:num_requests].copy_(values)
+        starts, drafted = self._starts.first(num_requests), self._drafted.first(num_requests)
+        draft(self.model, self.embed, starts, self.options.shape, drafted, partial(self._noise, starts), self.choose)

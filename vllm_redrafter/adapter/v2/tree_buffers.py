@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_redrafter import kernels
 from vllm_redrafter.kernels.batch import PaddedTrees
 
 
@@ -16,10 +17,9 @@ class TreeBuffers:
     """Parents, depths and ancestors of every request's tree, each [max_num_reqs, 1 + N]."""
 
     def __init__(self, max_num_reqs: int, num_nodes: int, device: torch.device) -> None:
-        shape = (max_num_reqs, 1 + num_nodes)
-        self.parents = torch.full(shape, -1, dtype=torch.int64, device=device)
-        self.depths = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.ancestors = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._kept = PaddedTrees.zeros(max_num_reqs, num_nodes, device)
+        self.parents, self.depths, self.ancestors = self._kept.parents, self._kept.depths, self._kept.ancestors
+        self.parents.fill_(-1)
         self.ancestors[:, 0] = 1
 
     def clear(self, slot: int) -> None:
@@ -30,13 +30,9 @@ class TreeBuffers:
 
     def store(
         self,
-        slots: torch.Tensor,  # [batch]
+        slots: torch.Tensor,  # [batch] int32
         trees: PaddedTrees,
-        is_drafted: torch.Tensor,  # [batch] bool: requests that are in the middle of their prompt have no draft
+        num_sampled: torch.Tensor,  # [batch] int32: 0 where a request is in the middle of its prompt, and has no tree
     ) -> None:
         """Write the trees of a batch to its slots."""
-        kept = is_drafted[:, None]
-        is_root = torch.arange(trees.parents.shape[1], device=kept.device) == 0
-        self.parents[slots] = trees.parents.masked_fill(~kept, -1)
-        self.depths[slots] = trees.depths.masked_fill(~kept, 0)
-        self.ancestors[slots] = trees.ancestors.masked_fill(~(kept | is_root), 0)
+        kernels.backend().store_trees(trees, slots, num_sampled, self._kept)
