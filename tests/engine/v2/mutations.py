@@ -9,8 +9,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.mutations import assert_state_of_training, replaced
+from tests.engine.v2.recorded_graphs import launches_a_kernel
 
 
 @contextmanager
@@ -250,6 +252,82 @@ def forbid_waiting() -> Iterator[None]:
         for name in _WAITING:
             stack.enter_context(replaced(torch.Tensor, name, guard(name)))
         yield
+
+
+MOST_LAUNCHES = 11
+"""Of kernels in a step of decoding, by us and outside all graphs, where logits are bare."""
+
+
+@contextmanager
+def forbid_many_launches() -> Iterator[None]:
+    """Fail where our part of a step launches more kernels than it needs: a GPU takes microseconds for the smallest."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    from vllm_redrafter.adapter.v2 import sampler
+    from vllm_redrafter.adapter.v2.model_state import TreeModelState
+    from vllm_redrafter.adapter.v2.sampler import TreeSampler
+    from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
+    from vllm_redrafter.kernels.launch import Launch
+
+    is_ours, by_step, launched = [False], list[list[str]](), list[str]()
+
+    def setting(value: bool, ends_step: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **more: Any) -> Any:
+                before, is_ours[0] = is_ours[0], value
+                try:
+                    with LaunchCounter():
+                        return original(*arguments, **more)
+                finally:
+                    is_ours[0] = before
+                    if ends_step:
+                        by_step.append(launched.copy())
+                        launched.clear()
+
+            return wrapped
+
+        return wrap
+
+    def count(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: Launch) -> None:
+            if is_ours[0]:
+                launched.append(self.kernel.__name__)
+            setting(False)(original)(self)
+
+        return run
+
+    class LaunchCounter(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if is_ours[0] and launches_a_kernel(function, result, (args, kwargs)):
+                launched.append(function.name())
+            return result
+
+    with ExitStack() as stack:
+        for owner, name in (
+            (TreeSampler, "__call__"),
+            (TreeModelState, "prepare_attn"),
+            (TreeModelState, "prepare_inputs"),
+            (TreeModelState, "postprocess_state"),
+        ):
+            stack.enter_context(replaced(owner, name, setting(True)))
+        stack.enter_context(replaced(TreeSpeculator, "propose", setting(True, ends_step=True)))
+        for owner, name in (
+            (DefaultModelState, "prepare_attn"),
+            (DefaultModelState, "prepare_inputs"),
+            (TreeSpeculator, "_run_draft"),
+            (Sampler, "sample"),
+            (sampler, "get_num_sampled_and_rejected"),
+        ):
+            stack.enter_context(replaced(owner, name, setting(False)))
+        stack.enter_context(replaced(Launch, "run", count))
+        yield
+    verifying = [step for step in by_step if "_walk_kernel" in step]
+    assert verifying
+    for step in verifying:
+        assert {"_position_kernel", "_count_kernel", "_start_kernel", "_store_kernel"} <= set(step)
+        assert len(step) <= MOST_LAUNCHES, step
 
 
 @contextmanager

@@ -78,15 +78,19 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return function._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         result = function(*args, **kwargs)
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        fresh = [tensor.untyped_storage().data_ptr() not in given for tensor in _tensors(result)]
+        fresh = _are_fresh(result, (args, kwargs))
         written = [tensor for tensor, is_fresh in zip(_tensors(result), fresh, strict=True) if is_fresh]
         RecordedGraph.pool += written
         self.graph.allocated += written
-        # a view is no kernel, and memory comes with what was in it before
-        if (written or function._schema.is_mutable) and "empty" not in name:
+        if launches_a_kernel(function, result, (args, kwargs)):
             self.graph.kernels.append(partial(_run_again, function, args, kwargs, fresh, written))
         return result
+
+
+def launches_a_kernel(function: Any, result: Any, given: Any) -> bool:
+    """Return whether one of torch's operators runs something on a device."""
+    # a view is no kernel, and memory comes with what was in it before
+    return (any(_are_fresh(result, given)) or function._schema.is_mutable) and "empty" not in function.name()
 
 
 @contextmanager
@@ -135,6 +139,12 @@ def install() -> None:
 
     GridExecutor.__call__ = lambda self, *args, **kwargs: kernel(partial(launch, self, *args, **kwargs))
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _are_fresh(result: Any, given: Any) -> list[bool]:
+    """Return for every tensor of a result whether its memory is none of what was given."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in _tensors(given)}
+    return [tensor.untyped_storage().data_ptr() not in places for tensor in _tensors(result)]
 
 
 def _is_piecewise() -> bool:

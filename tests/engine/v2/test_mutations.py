@@ -73,6 +73,14 @@ def test_a_step_neither_waits_for_the_device_nor_moves_what_it_reads(
     assert guarded.stats["num_accepted_tokens"] > 0
 
 
+def test_a_step_launches_few_kernels_outside_its_graphs(engines: EnginePool, v2_pair: V2Pair) -> None:
+    workload = WORKLOADS["seeded"](engines, v2_pair)
+
+    guarded = engines.run(v2_pair.drafted(), replace(workload, mutation="v2.forbid_many_launches"))
+
+    assert_same_answers(guarded, engines.run(v2_pair.plain(), workload))
+
+
 def test_without_foresight_fewer_drafts_are_accepted_and_no_text_changes(engines: EnginePool, v2_pair: V2Pair) -> None:
     workload = WORKLOADS["seeded"](engines, v2_pair)
 

@@ -97,7 +97,7 @@ class TreeModelState(DefaultModelState):
             num_drafts = input_batch.num_draft_tokens_per_req
             num_trees = 0 if num_drafts is None else int((num_drafts > 0).sum())
             # on the host: an upper bound that the scheduler knows
-            max_seq_len = int(input_batch.seq_lens_cpu_upper_bound.max())
+            max_seq_len = int(input_batch.seq_lens_cpu_upper_bound.numpy().max())
         self.step.nodes = None
         self.step.has_only_trees = num_trees == num_requests
         self.step.trees = []
