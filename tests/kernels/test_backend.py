@@ -21,6 +21,7 @@ best_continuations = pytest.importorskip(
 count_walks = pytest.importorskip("vllm_redrafter.kernels.count_walks", reason="needs Triton", exc_type=ImportError)
 draft_starts = pytest.importorskip("vllm_redrafter.kernels.draft_starts", reason="needs Triton", exc_type=ImportError)
 draft_trees = pytest.importorskip("vllm_redrafter.kernels.draft_trees", reason="needs Triton", exc_type=ImportError)
+elementwise = pytest.importorskip("vllm_redrafter.kernels.elementwise", reason="needs Triton", exc_type=ImportError)
 store_trees = pytest.importorskip("vllm_redrafter.kernels.store_trees", reason="needs Triton", exc_type=ImportError)
 tree_positions = pytest.importorskip(
     "vllm_redrafter.kernels.tree_positions", reason="needs Triton", exc_type=ImportError
@@ -47,6 +48,8 @@ def test_interpreted_kernels_are_tritons() -> None:
         count_walks.count_walks,
         draft_starts.draft_starts,
         sampling_noise.sampling_noise,
+        elementwise.silu_of_sum,
+        elementwise.plus_silu,
         best_continuations.best_continuations,
         draft_trees.draft_trees,
         store_trees.store_trees,
@@ -73,6 +76,7 @@ def test_kernel_and_twin_have_one_signature(name: str) -> None:
         count_walks,
         draft_starts,
         sampling_noise,
+        elementwise,
         best_continuations,
         draft_trees,
         store_trees,

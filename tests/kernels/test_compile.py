@@ -33,6 +33,7 @@ def test_kernels_spill_nothing_fit_and_load_ahead(tmp_path: Path) -> None:
         "draw",
         "walk",
         "noise",
+        "silu",
         "peaks",
         "choose",
         "draft",

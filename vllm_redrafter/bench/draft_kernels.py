@@ -11,7 +11,7 @@ from vllm_redrafter.bench import drafts, graph_time
 from vllm_redrafter.bench.measurement import TOLERANCES, VOCAB_SIZE, Measurement, call, share_that_differs
 from vllm_redrafter.core import beam_search
 from vllm_redrafter.core.beam_search import SHARPNESS, BeamShape, Candidates
-from vllm_redrafter.kernels import best_continuations, draft_trees, reference, sampling_noise
+from vllm_redrafter.kernels import best_continuations, draft_trees, elementwise, reference, sampling_noise
 from vllm_redrafter.kernels.batch import PaddedTrees
 
 _DRAFT_VOCAB_SIZE = 32_000
@@ -23,6 +23,7 @@ _SHAPE = BeamShape(width=4, length=5)
 def check(device: str, dtype: torch.dtype) -> Iterator[Measurement]:
     """Yield the errors in small cases."""
     yield _noise("5000 tokens", *_noise_case(8, 5000, device))
+    yield from _elementwise("3 x 1000", *_states_case(3, 1000, dtype, device))
     yield _choice("16 of 3 x 5000", *_choice_case(2, 3, 5000, 16, dtype, device))
     yield _trees("16 of 80", *_trees_case(8, 16, device))
 
@@ -31,6 +32,7 @@ def measure(batch_sizes: Sequence[int], num_nodes: int, bytes_per_ms: float) -> 
     """Yield errors and times at a model's shape, on the GPU."""
     for batch_size in batch_sizes:
         yield _timed_noise(f"batch {batch_size} {_DRAFT_VOCAB_SIZE} tokens", batch_size, bytes_per_ms)
+        yield from _timed_elementwise(f"batch {batch_size} hidden size {_HIDDEN_SIZE}", batch_size)
         yield _timed_choice(
             f"batch {batch_size} {num_nodes} of {_SHAPE.width} x {_DRAFT_VOCAB_SIZE}",
             batch_size,
@@ -52,7 +54,7 @@ def _noise_case(num_rows: int, num_tokens: int, device: str) -> tuple[torch.Tens
     )
 
 
-def _noise(case: str, *rows: torch.Tensor) -> Measurement:
+def _noise(case: str, *rows: Any) -> Measurement:
     ours, twin = sampling_noise.sampling_noise(*rows), reference.sampling_noise(*rows)
     return Measurement(
         "sampling_noise", case, float((ours - twin).abs().max() / twin.abs().max()), TOLERANCES[twin.dtype]
@@ -65,6 +67,27 @@ def _timed_noise(case: str, num_rows: int, bytes_per_ms: float) -> Measurement:
     num_bytes = num_rows * _DRAFT_VOCAB_SIZE * torch.float32.itemsize
     ms = graph_time.time_ms([call(sampling_noise.sampling_noise, *rows)])
     return _noise(case, *rows)._replace(ms=ms, floor_ms=num_bytes / bytes_per_ms)
+
+
+def _states_case(num_rows: int, hidden_size: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    x, y = 3 * torch.randn(2, num_rows, hidden_size, generator=generator, device=device)
+    return x.to(dtype), y.to(dtype)
+
+
+def _elementwise(case: str, x: torch.Tensor, y: torch.Tensor) -> Iterator[Measurement]:
+    for name in ("silu_of_sum", "plus_silu"):
+        ours, twin = getattr(elementwise, name)(x, y), getattr(reference, name)(x.float(), y.float())
+        yield Measurement(name, case, float((ours - twin).abs().max() / twin.abs().max()), TOLERANCES[x.dtype])
+
+
+def _timed_elementwise(case: str, batch_size: int) -> Iterator[Measurement]:
+    x, y = _states_case(batch_size * _SHAPE.width, _HIDDEN_SIZE, torch.bfloat16, "cuda")
+    for measured in _elementwise(case, x, y):
+        ms, stock_ms = (
+            graph_time.time_ms([call(getattr(module, measured.kernel), x, y)]) for module in (elementwise, reference)
+        )
+        yield measured._replace(ms=ms, stock_ms=stock_ms)
 
 
 def _choice_case(

@@ -28,6 +28,7 @@ def random_drafter(
     with torch.device(device):
         drafter = ReDrafter(config).to(dtype).requires_grad_(False)
         drafter.set_draft_vocabulary(torch.arange(draft_vocab_size))
+    drafter.use(kernels.elementwise_of_backend())
     return drafter
 
 
@@ -60,8 +61,6 @@ def draft_call(drafter: ReDrafter, num_requests: int, shape: BeamShape, num_node
         return table[token_ids]
 
     def noise(depth: int) -> torch.Tensor:
-        return kernels.backend().sampling_noise(
-            starts.positions + depth, starts.temperatures, starts.seeds, drafted_ids
-        )
+        return kernels.backend().sampling_noise(starts.positions, starts.temperatures, starts.seeds, drafted_ids, depth)
 
     return lambda: drafting.draft(drafter, embed, starts, shape, trees, noise)

@@ -15,6 +15,7 @@ from vllm_redrafter.kernels import (
     count_walks,
     draft_starts,
     draft_trees,
+    elementwise,
     sampling_noise,
     store_trees,
     tree_attention,
@@ -86,6 +87,9 @@ def _cases(gpu: Gpu) -> Iterator[tuple[str, Launch]]:
         "32k tokens",
         sampling_noise.plan(ids[0, :1], torch.zeros(1), ids[0, :1], torch.zeros(32_000, dtype=torch.int64)),
     )
+    states = torch.zeros(1, 4, 4096, dtype=torch.bfloat16)
+    for name, sums_first in (("silu of sum", True), ("plus silu", False)):
+        yield name, elementwise.plan(states, states, sums_first=sums_first)
     for num_beams, num_tokens, num_kept in ((1, 32_000, 16), (4, 32_000, 16), (64, 128_000, 63)):
         logits, noise = torch.zeros(1, num_beams, num_tokens, dtype=torch.bfloat16), torch.zeros(1, num_tokens)
         for launch in best_continuations.plan(logits, logits[..., 0].float(), num_kept, noise):

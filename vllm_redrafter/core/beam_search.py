@@ -161,10 +161,10 @@ class BeamSearch:
         candidates = Candidates(token_ids, best.beams + beams.first, best.log_probs)
 
         live = slice(self._width)
-        rows = torch.arange(len(token_ids), device=token_ids.device)[:, None]
+        continued = best.beams[:, live, None].expand(-1, -1, state.recurrent.shape[-1])
         return candidates, Beams(
             # the recurrent state already holds the parent's token: it follows the beam that was continued
-            DraftState(state.context, state.recurrent[rows, best.beams[:, live]]),
+            DraftState(state.context, state.recurrent.gather(1, continued)),
             token_ids[:, live],
             best.log_probs[:, live],
             beams.depth + 1,

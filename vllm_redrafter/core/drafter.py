@@ -46,17 +46,39 @@ class DraftState(NamedTuple):
     recurrent: torch.Tensor  # [..., hidden_size]: s_t
 
 
+class Elementwise(NamedTuple):
+    """What lies between a drafter's matrix products; a GPU has kernels for it, others of torch's make two of each."""
+
+    silu_of_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """`SiLU(a + b)`."""
+    plus_silu: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """`x + SiLU(y)`."""
+
+
+def silu_of_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return `SiLU(a + b)`."""
+    return functional.silu(a + b)
+
+
+def plus_silu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return `x + SiLU(y)`."""
+    return x + functional.silu(y)
+
+
+_OF_TORCH = Elementwise(silu_of_sum, plus_silu)
+
+
 class ResidualBlock(nn.Module):
     """`x + SiLU(linear(x))`; the module's name inside is Apple's."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, dim)
+        self.elementwise = _OF_TORCH
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., dim] -> [..., dim]
         """Return the block's output, of the input's shape."""
-        residual: torch.Tensor = x + functional.silu(self.linear(x))
-        return residual
+        return self.elementwise.plus_silu(x, self.linear(x))
 
 
 class ReDrafter(nn.Module):
@@ -87,6 +109,7 @@ class ReDrafter(nn.Module):
         self.register_buffer("d2t", torch.zeros(config.head_size, dtype=torch.int64) if reduced else None)
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool) if reduced else None)
         self._tied_head: torch.Tensor | None = None
+        self._elementwise = _OF_TORCH
 
     def set_draft_vocabulary(self, target_ids: torch.Tensor) -> None:
         """Let the head's row i stand for token `target_ids[i]` of the target.
@@ -121,6 +144,12 @@ class ReDrafter(nn.Module):
         rows = self.target_ids()
         # detached: a module takes an nn.Parameter for its own, and would train and save it
         self._tied_head = (target_head if rows is None else target_head[rows]).detach()
+
+    def use(self, elementwise: Elementwise) -> None:
+        """Compute what lies between matrix products with these functions, for serving: they need not have gradients."""
+        self._elementwise = elementwise
+        for block in self.residual_blocks():
+            block.elementwise = elementwise
 
     def keep_head_rows(self, rows: range) -> None:
         """Drop all rows of the head but these: the logits of a draft id i are then at `i - rows.start`.
@@ -211,7 +240,7 @@ class ReDrafter(nn.Module):
     def advance(self, state: DraftState, embedding: torch.Tensor) -> DraftState:  # embedding: [..., hidden_size]
         """Return the state after one more token, given that token's embedding."""
         if self.config.rnn:
-            recurrent = functional.silu(self.rnn_w(embedding) + self.rnn_u(state.recurrent))
+            recurrent = self._elementwise.silu_of_sum(self.rnn_w(embedding), self.rnn_u(state.recurrent))
         else:
             recurrent = state.recurrent + embedding
         return DraftState(state.context, recurrent)

@@ -16,6 +16,7 @@ import torch
 
 from vllm_redrafter.core.acceptance import Walk
 from vllm_redrafter.core.beam_search import Candidates, Choose
+from vllm_redrafter.core.drafter import Elementwise
 from vllm_redrafter.kernels.batch import (
     AttentionOptions,
     DraftStarts,
@@ -40,7 +41,9 @@ class Backend(NamedTuple):
     verify_walk: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], Walk]
     count_walks: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor], None]
     draft_starts: Callable[[_Tensor, _Tensor | None, StepRows, RequestStates, bool, DraftStarts], None]
-    sampling_noise: Callable[[_Tensor, _Tensor, _Tensor, _Tensor], _Tensor]
+    sampling_noise: Callable[[_Tensor, _Tensor, _Tensor, _Tensor, int], _Tensor]
+    silu_of_sum: Callable[[_Tensor, _Tensor], _Tensor]
+    plus_silu: Callable[[_Tensor, _Tensor], _Tensor]
     best_continuations: Choose
     draft_trees: Callable[[_Tensor, Candidates, _Tensor, PaddedTrees], None]
     store_trees: Callable[[PaddedTrees, _Tensor, _Tensor, PaddedTrees], None]
@@ -58,6 +61,7 @@ def backend() -> Backend:
             count_walks,
             draft_starts,
             draft_trees,
+            elementwise,
             sampling_noise,
             store_trees,
             tree_attention,
@@ -74,6 +78,8 @@ def backend() -> Backend:
             count_walks.count_walks,
             draft_starts.draft_starts,
             sampling_noise.sampling_noise,
+            elementwise.silu_of_sum,
+            elementwise.plus_silu,
             best_continuations.best_continuations,
             draft_trees.draft_trees,
             store_trees.store_trees,
@@ -90,8 +96,15 @@ def backend() -> Backend:
         reference.count_walks,
         reference.draft_starts,
         reference.sampling_noise,
+        reference.silu_of_sum,
+        reference.plus_silu,
         reference.best_continuations,
         reference.draft_trees,
         reference.store_trees,
         reference.tree_positions,
     )
+
+
+def elementwise_of_backend() -> Elementwise:
+    """Return what a drafter is to compute with between its matrix products."""
+    return Elementwise(backend().silu_of_sum, backend().plus_silu)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from vllm_redrafter.core import token_tree
+from vllm_redrafter.core import drafter, token_tree
 from vllm_redrafter.core.acceptance import Walk
 from vllm_redrafter.core.beam_search import Candidates, Continuations, with_noise
 from vllm_redrafter.kernels.batch import (
@@ -102,10 +102,11 @@ def sampling_noise(
     temperatures: torch.Tensor,  # [num_rows]
     seeds: torch.Tensor,  # [num_rows]
     token_ids: torch.Tensor,  # [num_tokens]
+    depth: int = 0,  # added to all positions
 ) -> torch.Tensor:
     """Return what is added to logits that were not divided by the temperature, [num_rows, num_tokens] fp32."""
     # not 0 times the noise: that is NaN where it is infinite
-    noise = _gumbel(seeds, positions, token_ids).masked_fill(temperatures[:, None] == 0, 0)
+    noise = _gumbel(seeds, positions + depth, token_ids).masked_fill(temperatures[:, None] == 0, 0)
     return temperatures[:, None] * noise
 
 
@@ -147,6 +148,16 @@ def draft_trees(
     out.parents.copy_(padded(tree.parents, -1))
     out.depths.copy_(padded(tree.depths, 0))
     out.ancestors.copy_(padded(tree.ancestors, 0))
+
+
+def silu_of_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # both of one shape
+    """Return `SiLU(a + b)`."""
+    return drafter.silu_of_sum(a, b)
+
+
+def plus_silu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # both of one shape
+    """Return `x + SiLU(y)`."""
+    return drafter.plus_silu(x, y)
 
 
 def store_trees(

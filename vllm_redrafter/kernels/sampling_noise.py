@@ -21,18 +21,21 @@ def sampling_noise(
     temperatures: torch.Tensor,  # [num_rows] fp32
     seeds: torch.Tensor,  # [num_rows] int64
     token_ids: torch.Tensor,  # [num_tokens] int64: those that it is wanted for
+    depth: int = 0,  # added to all positions
 ) -> torch.Tensor:
     """Return what is added to logits that were not divided by the temperature, [num_rows, num_tokens] fp32.
 
     It is the noise times the temperature, so 0 for greedy requests.
     """
-    launch = plan(positions, temperatures, seeds, token_ids)
+    launch = plan(positions, temperatures, seeds, token_ids, depth)
     launch.run()
     added: torch.Tensor = launch.arguments["out"]
     return added
 
 
-def plan(positions: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, token_ids: torch.Tensor) -> Launch:
+def plan(
+    positions: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, token_ids: torch.Tensor, depth: int = 0
+) -> Launch:
     """Return the launch of `sampling_noise`."""
     num_rows, num_tokens = len(positions), len(token_ids)
     return Launch(
@@ -44,14 +47,16 @@ def plan(positions: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tenso
             "seeds": seeds,
             "token_ids": token_ids,
             "out": temperatures.new_empty(num_rows, num_tokens, dtype=torch.float32),
+            "depth": depth,
             "num_tokens": num_tokens,
             "BLOCK": _BLOCK,
         },
     )
 
 
-@triton.jit
-def _noise_kernel(positions, temperatures, seeds, token_ids, out, num_tokens, BLOCK: tl.constexpr):
+# depths differ: that must not call for another binary
+@triton.jit(do_not_specialize=["depth"])
+def _noise_kernel(positions, temperatures, seeds, token_ids, out, depth, num_tokens, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = place < num_tokens
@@ -59,7 +64,7 @@ def _noise_kernel(positions, temperatures, seeds, token_ids, out, num_tokens, BL
     added = tl.zeros([BLOCK], dtype=tl.float32)
     if temperature != 0.0:
         token = tl.load(token_ids + place, mask=exists, other=0)
-        added = temperature * gumbel(tl.load(seeds + row), tl.load(positions + row), token)
+        added = temperature * gumbel(tl.load(seeds + row), tl.load(positions + row) + depth, token)
     tl.store(out + row * num_tokens + place, added, mask=exists)
 
 

@@ -71,6 +71,7 @@ class TreeSpeculator(DraftModelSpeculator):
             )
         loaded = loading.load_beside(target_model, Path(self.options.model), self.dtype, self.device)
         self.embed = loaded.embed
+        loaded.drafter.use(kernels.elementwise_of_backend())
         self._share_head(loaded.drafter)
         if self.options.layers_handed_out:
             self.layer_outputs = LayerOutputs(
@@ -163,7 +164,7 @@ class TreeSpeculator(DraftModelSpeculator):
     def _noise(self, starts: DraftStarts, depth: int) -> torch.Tensor:
         """Return the noise of the draws at a depth, [num_requests, rows]."""
         return kernels.backend().sampling_noise(
-            starts.positions + depth, starts.temperatures, starts.seeds, self.drafted_ids
+            starts.positions, starts.temperatures, starts.seeds, self.drafted_ids, depth
         )
 
     def _run_draft(self, num_requests: int) -> None:
