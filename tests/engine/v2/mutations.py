@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.mutations import assert_state_of_training, replaced
-from tests.engine.v2.recorded_graphs import launches_a_kernel
+from tests.kernels.launches import launches_a_kernel
 
 
 @contextmanager
@@ -270,7 +270,7 @@ def forbid_many_launches() -> Iterator[None]:
     from vllm_redrafter.adapter.v2.speculator import TreeSpeculator
     from vllm_redrafter.kernels.launch import Launch
 
-    is_ours, by_step, launched = [False], list[list[str]](), list[str]()
+    is_ours, by_step, launched, kernels = [False], list[list[str]](), list[str](), set[str]()
 
     def setting(value: bool, ends_step: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,6 +291,7 @@ def forbid_many_launches() -> Iterator[None]:
 
     def count(original: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Launch) -> None:
+            kernels.add(self.kernel.__name__)
             if is_ours[0]:
                 launched.append(self.kernel.__name__)
             setting(False)(original)(self)
@@ -323,6 +324,7 @@ def forbid_many_launches() -> Iterator[None]:
             stack.enter_context(replaced(owner, name, setting(False)))
         stack.enter_context(replaced(Launch, "run", count))
         yield
+    assert "_silu_kernel" in kernels, "the drafter has its sums and SiLU from torch"
     verifying = [step for step in by_step if "_walk_kernel" in step]
     assert verifying
     for step in verifying:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 from vllm.compilation import cuda_graph
 from vllm.config import CUDAGraphMode
@@ -27,6 +26,8 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker import workspace
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import cudagraph_utils
+
+from tests.kernels.launches import are_fresh, launches_a_kernel, tensors_of
 
 _GARBAGE = -(1 << 30)
 
@@ -78,19 +79,13 @@ class _Recorder(TorchDispatchMode):
             with self:
                 return function._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         result = function(*args, **kwargs)
-        fresh = _are_fresh(result, (args, kwargs))
-        written = [tensor for tensor, is_fresh in zip(_tensors(result), fresh, strict=True) if is_fresh]
+        fresh = are_fresh(result, (args, kwargs))
+        written = [tensor for tensor, is_fresh in zip(tensors_of(result), fresh, strict=True) if is_fresh]
         RecordedGraph.pool += written
         self.graph.allocated += written
         if launches_a_kernel(function, result, (args, kwargs)):
             self.graph.kernels.append(partial(_run_again, function, args, kwargs, fresh, written))
         return result
-
-
-def launches_a_kernel(function: Any, result: Any, given: Any) -> bool:
-    """Return whether one of torch's operators runs something on a device."""
-    # a view is no kernel, and memory comes with what was in it before
-    return (any(_are_fresh(result, given)) or function._schema.is_mutable) and "empty" not in function.name()
 
 
 @contextmanager
@@ -141,12 +136,6 @@ def install() -> None:
     CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
-def _are_fresh(result: Any, given: Any) -> list[bool]:
-    """Return for every tensor of a result whether its memory is none of what was given."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in _tensors(given)}
-    return [tensor.untyped_storage().data_ptr() not in places for tensor in _tensors(result)]
-
-
 def _is_piecewise() -> bool:
     if not is_forward_context_available():
         return False
@@ -154,10 +143,6 @@ def _is_piecewise() -> bool:
 
 
 def _run_again(function: Any, args: Any, kwargs: Any, fresh: list[bool], written: list[torch.Tensor]) -> None:
-    results = _tensors(function(*args, **kwargs))
+    results = tensors_of(function(*args, **kwargs))
     for old, new in zip(written, [new for new, is_fresh in zip(results, fresh, strict=True) if is_fresh], strict=True):
         old.copy_(new)
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
