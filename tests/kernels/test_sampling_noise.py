@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,6 +27,15 @@ def test_the_kernel_computes_what_its_twin_computes(num_tokens: int) -> None:
     torch.testing.assert_close(added, reference.sampling_noise(*rows), rtol=1e-4, atol=1e-5)
     assert added[:3].std() > 0.1 or num_tokens == 1
     assert not added[3].any(), "a greedy request"
+
+
+@pytest.mark.parametrize("twin", [sampling_noise, reference], ids=["kernel", "reference"])
+def test_at_a_depth_positions_stand_so_much_further(twin: Any) -> None:
+    token_ids = torch.arange(50)
+
+    added = twin.sampling_noise(POSITIONS, TEMPERATURES, SEEDS, token_ids, 3)
+
+    assert torch.equal(added, twin.sampling_noise(POSITIONS + 3, TEMPERATURES, SEEDS, token_ids))
 
 
 @pytest.mark.parametrize("twin", [sampling_noise, reference], ids=["kernel", "reference"])
