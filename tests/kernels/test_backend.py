@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,13 +26,6 @@ tree_positions = pytest.importorskip(
     "vllm_redrafter.kernels.tree_positions", reason="needs Triton", exc_type=ImportError
 )
 verify_walk = pytest.importorskip("vllm_redrafter.kernels.verify_walk", reason="needs Triton", exc_type=ImportError)
-
-
-@pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
-    backend.cache_clear()
-    yield
-    backend.cache_clear()
 
 
 def test_interpreted_kernels_are_tritons() -> None:

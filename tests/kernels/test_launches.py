@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests.kernels.launches import counted
 from vllm_redrafter.bench.drafts import draft_call, random_drafter
 from vllm_redrafter.core.beam_search import BeamShape
-from vllm_redrafter.kernels import backend
 
 pytest.importorskip("triton", reason="needs Triton")
-
-
-@pytest.fixture(autouse=True)
-def _asked_anew() -> Iterator[None]:
-    backend.cache_clear()
-    yield
-    backend.cache_clear()
 
 
 def test_views_and_fresh_memory_are_no_launches() -> None:

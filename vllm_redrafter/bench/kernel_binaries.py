@@ -113,16 +113,11 @@ def _step(num_nodes: int) -> Iterator[tuple[str, Launch]]:
     yield case, tree_positions.plan(numbers, numbers, ids[0, :1], trees.depths, ids[0])
     rows = StepRows(numbers, starts, ids[0, :1], ids[0], numbers, ids)
     states = RequestStates(ids[:, :1], torch.zeros(1), ids[0, :1], numbers, numbers)
+    hidden = torch.zeros(1, 4096, dtype=torch.bfloat16)
     for layers in (0, 3):
-        hidden, outputs = (
-            torch.zeros(1, 4096, dtype=torch.bfloat16),
-            torch.zeros(1, layers * 4096, dtype=torch.bfloat16),
-        )
-        out = DraftStarts.zeros(1, (1 + layers) * 4096, torch.bfloat16, hidden.device)
-        yield (
-            f"{case}, {layers} layers",
-            draft_starts.plan(hidden, outputs if layers else None, rows, states, False, out),
-        )
+        outputs = hidden.repeat(1, layers) if layers else None
+        out = DraftStarts.zeros(1, (1 + layers) * 4096, hidden.dtype, hidden.device)
+        yield f"{case}, {layers} layers", draft_starts.plan(hidden, outputs, rows, states, False, out)
 
 
 def _trees(num_nodes: int) -> PaddedTrees:
