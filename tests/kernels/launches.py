@@ -1,22 +1,25 @@
-"""What is launched on a device, counted on a CPU: torch's operators but views, and kernels of Triton's."""
+"""What is launched on a device, counted on a CPU: torch's operators but views, and kernels of Triton's.
+
+Stand-ins that plain engines have too take from here what a kernel is, so nothing of the project's is imported with it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-
-from vllm_redrafter.kernels.launch import Launch
 
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
     """Yield the names of what is launched, a growing list; what Triton's interpreter does itself is left out."""
+    from vllm_redrafter.kernels.launch import Launch
+
     names: list[str] = []
     run = Launch.run
 
@@ -32,8 +35,7 @@ def counted() -> Iterator[list[str]]:
                 names.append(function.name())
             return result
 
-    with pytest.MonkeyPatch.context() as patch, Mode():
-        patch.setattr(Launch, "run", counted_run)
+    with patch.object(Launch, "run", counted_run), Mode():
         yield names
 
 
