@@ -47,7 +47,7 @@ class DraftState(NamedTuple):
 
 
 class Elementwise(NamedTuple):
-    """What lies between a drafter's matrix products; a GPU has kernels for it, others of torch's make two of each."""
+    """What lies between a drafter's matrix products: one kernel each on a GPU that serves, where torch launches two."""
 
     silu_of_sum: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     """`SiLU(a + b)`."""

@@ -198,6 +198,22 @@ _WAITING = ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float_
 """What makes the host wait for a GPU."""
 
 
+def setting(flag: list[bool], value: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what wraps a function so that the flag has a value while it runs: is that ours, or somebody else's?"""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            before, flag[0] = flag[0], value
+            try:
+                return original(*arguments, **more)
+            finally:
+                flag[0] = before
+
+        return wrapped
+
+    return wrap
+
+
 @contextmanager
 def forbid_waiting() -> Iterator[None]:
     """Fail where our part of a step asks a tensor for its values; what is vLLM's or Triton's interpreter's may."""
@@ -210,19 +226,6 @@ def forbid_waiting() -> Iterator[None]:
     from vllm_redrafter.kernels.launch import Launch
 
     is_forbidden = [False]
-
-    def setting(value: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*arguments: Any, **more: Any) -> Any:
-                before, is_forbidden[0] = is_forbidden[0], value
-                try:
-                    return original(*arguments, **more)
-                finally:
-                    is_forbidden[0] = before
-
-            return wrapped
-
-        return wrap
 
     def guard(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,14 +244,14 @@ def forbid_waiting() -> Iterator[None]:
             (TreeModelState, "prepare_inputs"),
             (TreeModelState, "postprocess_state"),
         ):
-            stack.enter_context(replaced(owner, name, setting(True)))
+            stack.enter_context(replaced(owner, name, setting(is_forbidden, True)))
         for owner, name in (
             (Launch, "run"),
             (Sampler, "sample"),
             (sampler, "get_num_sampled_and_rejected"),
             (sampler, "compute_topk_scores"),
         ):
-            stack.enter_context(replaced(owner, name, setting(False)))
+            stack.enter_context(replaced(owner, name, setting(is_forbidden, False)))
         for name in _WAITING:
             stack.enter_context(replaced(torch.Tensor, name, guard(name)))
         yield
@@ -272,29 +275,21 @@ def forbid_many_launches() -> Iterator[None]:
 
     is_ours, by_step, launched, kernels = [False], list[list[str]](), list[str](), set[str]()
 
-    def setting(value: bool, ends_step: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*arguments: Any, **more: Any) -> Any:
-                before, is_ours[0] = is_ours[0], value
-                try:
-                    with LaunchCounter():
-                        return original(*arguments, **more)
-                finally:
-                    is_ours[0] = before
-                    if ends_step:
-                        by_step.append(launched.copy())
-                        launched.clear()
+    def end_step(original: Callable[..., Any]) -> Callable[..., Any]:
+        def propose(*arguments: Any, **more: Any) -> Any:
+            drafts = original(*arguments, **more)
+            by_step.append(launched.copy())
+            launched.clear()
+            return drafts
 
-            return wrapped
-
-        return wrap
+        return propose
 
     def count(original: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Launch) -> None:
             kernels.add(self.kernel.__name__)
             if is_ours[0]:
                 launched.append(self.kernel.__name__)
-            setting(False)(original)(self)
+            setting(is_ours, False)(original)(self)
 
         return run
 
@@ -311,9 +306,10 @@ def forbid_many_launches() -> Iterator[None]:
             (TreeModelState, "prepare_attn"),
             (TreeModelState, "prepare_inputs"),
             (TreeModelState, "postprocess_state"),
+            (TreeSpeculator, "propose"),
         ):
-            stack.enter_context(replaced(owner, name, setting(True)))
-        stack.enter_context(replaced(TreeSpeculator, "propose", setting(True, ends_step=True)))
+            stack.enter_context(replaced(owner, name, setting(is_ours, True)))
+        stack.enter_context(replaced(TreeSpeculator, "propose", end_step))
         for owner, name in (
             (DefaultModelState, "prepare_attn"),
             (DefaultModelState, "prepare_inputs"),
@@ -321,8 +317,9 @@ def forbid_many_launches() -> Iterator[None]:
             (Sampler, "sample"),
             (sampler, "get_num_sampled_and_rejected"),
         ):
-            stack.enter_context(replaced(owner, name, setting(False)))
+            stack.enter_context(replaced(owner, name, setting(is_ours, False)))
         stack.enter_context(replaced(Launch, "run", count))
+        stack.enter_context(LaunchCounter())
         yield
     assert "_silu_kernel" in kernels, "the drafter has its sums and SiLU from torch"
     verifying = [step for step in by_step if "_walk_kernel" in step]
